@@ -1,0 +1,110 @@
+// Elementary functions that every engine computes from the same source.
+//
+// They are branch-free, so that a loop over them vectorises on any instruction set, and accurate to
+// about two units in the last place over the whole range, subnormals and infinities included.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <limits>
+
+#include "core/half.h"
+#include "core/macros.h"
+
+namespace fusee {
+inline namespace FUSEE_ENGINE_NAMESPACE {
+
+template <typename A>
+FUSEE_HOST_DEVICE A absolute(A x) {
+  return fabs(x);
+}
+template <>
+FUSEE_HOST_DEVICE float absolute<float>(float x) {
+  return fabsf(x);
+}
+
+// What log needs to know about a floating-point format. The logarithm of a reduced argument is
+// 2 atanh(s), summed from its Taylor series in z = s^2 <= 0.0295 until the terms vanish.
+template <typename A>
+struct Format;
+
+template <>
+struct Format<float> {
+  using Bits = int32_t;
+  static constexpr int kMantissaBits = 23;
+  static constexpr Bits kSqrtHalf = 0x3f3504f3;  // the bits of sqrt(1/2)
+  static constexpr float kLn2High = 0x1.62e4p-1f;  // few enough bits for exact products
+  static constexpr float kLn2Low = 0x1.7f7d1cp-20f;
+  static FUSEE_HOST_DEVICE float series(float z) {
+    float p = 1.0f / 11.0f;
+    p = p * z + 1.0f / 9.0f;
+    p = p * z + 1.0f / 7.0f;
+    p = p * z + 1.0f / 5.0f;
+    return p * z + 1.0f / 3.0f;
+  }
+};
+
+template <>
+struct Format<double> {
+  using Bits = int64_t;
+  static constexpr int kMantissaBits = 52;
+  static constexpr Bits kSqrtHalf = 0x3fe6a09e667f3bcd;
+  static constexpr double kLn2High = 0x1.62e42feep-1;
+  static constexpr double kLn2Low = 0x1.a39ef35793c76p-33;
+  static FUSEE_HOST_DEVICE double series(double z) {
+    double p = 1.0 / 23.0;
+    p = p * z + 1.0 / 21.0;
+    p = p * z + 1.0 / 19.0;
+    p = p * z + 1.0 / 17.0;
+    p = p * z + 1.0 / 15.0;
+    p = p * z + 1.0 / 13.0;
+    p = p * z + 1.0 / 11.0;
+    p = p * z + 1.0 / 9.0;
+    p = p * z + 1.0 / 7.0;
+    p = p * z + 1.0 / 5.0;
+    return p * z + 1.0 / 3.0;
+  }
+};
+
+// log(u) + correction for a positive, normal, finite u.
+template <typename A>
+FUSEE_HOST_DEVICE A log_normal(A u, A correction) {
+  using F = Format<A>;
+  using Bits = typename F::Bits;
+  // Split u = 2^k m with m in [sqrt(1/2), sqrt(2)).
+  const Bits bits = bit_cast<Bits>(u);
+  const Bits k = (bits - F::kSqrtHalf) >> F::kMantissaBits;
+  const A m = bit_cast<A>(static_cast<Bits>(bits - (k << F::kMantissaBits)));
+  const A f = m - A(1);
+  const A s = f / (A(2) + f);
+  const A z = s * s;
+  // log(1 + f) = 2s + (2/3) s^3 + ..., and 2s = f - s f, which keeps the leading term exact.
+  const A tail = s * (A(2) * z * F::series(z) - f);
+  const A exponent = static_cast<A>(k);
+  return exponent * F::kLn2High + (f + (tail + (exponent * F::kLn2Low + correction)));
+}
+
+// log(x) for x >= 0: -inf at 0, NaN stays NaN.
+template <typename A>
+FUSEE_HOST_DEVICE A log_nonnegative(A x) {
+  // Subnormals are scaled into the normal range first.
+  const bool tiny = x < std::numeric_limits<A>::min();
+  const A scaled = tiny ? x * A(0x1p60) : x;
+  const A result = log_normal(scaled, tiny ? A(-60 * 0.693147180559945309417232) : A(0));
+  const A special = x == A(0) ? -std::numeric_limits<A>::infinity() : x;
+  const bool ordinary = x > A(0) && x <= std::numeric_limits<A>::max();
+  return ordinary ? result : special;
+}
+
+// log(1 + a) for a >= 0, exact in the limit a -> 0; infinity and NaN stay as they are.
+template <typename A>
+FUSEE_HOST_DEVICE A log1p_nonnegative(A a) {
+  const A u = A(1) + a;
+  // What rounding took from u goes back in by the derivative of the logarithm.
+  const A lost = a < A(1) ? a - (u - A(1)) : A(1) - (u - a);
+  const A result = log_normal(u, lost / u);
+  return u <= std::numeric_limits<A>::max() ? result : a;
+}
+
+}  // namespace FUSEE_ENGINE_NAMESPACE
+}  // namespace fusee

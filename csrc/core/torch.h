@@ -1,0 +1,108 @@
+// The one door to PyTorch: its stable ABI, under the names that the rest of csrc uses.
+//
+// No other file includes a torch header. TORCH_TARGET_VERSION (set by the build) turns an accidental
+// include of an unstable header into a compile error.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <array>
+#include <cstdint>
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "core/half.h"
+#include "core/macros.h"
+
+namespace fusee {
+inline namespace FUSEE_ENGINE_NAMESPACE {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using Shape = std::vector<int64_t>;
+
+#define FUSEE_CHECK(condition, ...) STD_TORCH_CHECK(condition, __VA_ARGS__)
+
+// Calls f with a value of the C++ type that stores `type`; every op takes the same four.
+template <typename F>
+auto dispatch_floating(ScalarType type, F&& f) {
+  switch (type) {
+    case ScalarType::Float:
+      return f(float{});
+    case ScalarType::Double:
+      return f(double{});
+    case ScalarType::Half:
+      return f(Half{});
+    case ScalarType::BFloat16:
+      return f(BFloat16{});
+    default:
+      break;
+  }
+  FUSEE_CHECK(false, "expected a float32, float64, float16 or bfloat16 tensor");
+  return f(float{});
+}
+
+// The type in which sums over a tensor of `type` are kept and per-row results are returned.
+inline ScalarType accumulate_type(ScalarType type) {
+  return type == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+inline Tensor empty(const Tensor& like, const Shape& shape, ScalarType type) {
+  return torch::stable::new_empty(like, shape, type);
+}
+
+template <typename T>
+const T* data(const Tensor& tensor) {
+  return static_cast<const T*>(tensor.const_data_ptr());
+}
+
+template <typename T>
+T* mutable_data(const Tensor& tensor) {
+  return static_cast<T*>(tensor.mutable_data_ptr());
+}
+
+// An optional tensor as a pointer, null when absent.
+template <typename T>
+const T* data_or_null(const std::optional<Tensor>& tensor) {
+  return tensor.has_value() ? data<T>(*tensor) : nullptr;
+}
+
+inline Tensor as_contiguous(const Tensor& tensor) {
+  return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
+}
+
+inline std::optional<Tensor> as_contiguous(const std::optional<Tensor>& tensor) {
+  if (!tensor.has_value()) return std::nullopt;
+  return as_contiguous(*tensor);
+}
+
+inline Shape to_shape(torch::headeronly::IntHeaderOnlyArrayRef sizes) {
+  return Shape(sizes.begin(), sizes.end());
+}
+
+// One value per row: a contiguous tensor, or one value for all (the expanded gradient of a sum).
+struct RowValues {
+  Tensor tensor;
+  int64_t stride;
+
+  explicit RowValues(const Tensor& values) : tensor(values), stride(0) {
+    for (int64_t d = 0; d < values.dim(); ++d)
+      if (values.size(d) != 1 && values.stride(d) != 0) stride = 1;
+    if (stride != 0) tensor = as_contiguous(values);
+  }
+};
+
+// Work for one thread: enough elements to outweigh the cost of waking another.
+inline int64_t grain(int64_t elements_per_item) {
+  constexpr int64_t kElementsPerThread = 32768;
+  return std::max<int64_t>(1, kElementsPerThread / std::max<int64_t>(1, elements_per_item));
+}
+
+using torch::stable::parallel_for;
+
+}  // namespace FUSEE_ENGINE_NAMESPACE
+}  // namespace fusee

@@ -1,0 +1,29 @@
+// The table of contents: every operator of fusee, its schema, and a line on what it computes.
+//
+// This library holds schemas only. Kernels live in the engines (one shared library per instruction
+// set, CUDA, and the emulated CUDA kernels), of which exactly one serves a device in a process.
+
+#include "core/processor.h"
+#include "core/torch.h"
+
+STABLE_TORCH_LIBRARY(fusee, m) {
+  // --- losses ---------------------------------------------------------------------------------
+  // StableMax of (outer, n, inner) over n, or its logarithm; also the row sums S (float64).
+  m.def("stablemax(Tensor input, bool log) -> (Tensor output, Tensor sum)");
+  m.def("stablemax_backward(Tensor grad, Tensor input, Tensor sum, bool log) -> Tensor");
+  // Cross entropy of StableMax of (outer, classes, inner); target holds class indices or
+  // probabilities; reduction is 0 none, 1 mean, 2 sum. stats are (S, R / S) of each row,
+  // info is (what a mean divides by, rows whose target is out of range).
+  m.def(
+      "stablemax_cross_entropy(Tensor input, Tensor target, Tensor? weight, int ignore_index, "
+      "int reduction, float label_smoothing, float z_loss) "
+      "-> (Tensor loss, Tensor stats, Tensor info)");
+  m.def(
+      "stablemax_cross_entropy_backward(Tensor grad, Tensor input, Tensor target, Tensor? weight, "
+      "Tensor stats, int ignore_index, float label_smoothing, float z_loss) -> Tensor");
+}
+
+// Called from Python through ctypes, before any engine is loaded.
+extern "C" __attribute__((visibility("default"))) int fusee_processor_has(const char* feature) {
+  return fusee::processor_has(feature);
+}

@@ -1,0 +1,108 @@
+// StableMax: the formulas, compiled by every engine.
+//
+//   s(x) = 1 + x        for x >= 0        StableMax(x)_j = s(x_j) / S,   S = sum_k s(x_k)
+//   s(x) = 1 / (1 - x)  for x <  0
+//
+// With r(x) = 1 / (1 + |x|) the derivative is s'(x) = r s, and log s(x) = sign(x) log(1 + |x|).
+// Prieto et al., "Grokking at the Edge of Numerical Stability", arXiv:2501.04697.
+#pragma once
+
+#include "core/math.h"
+
+namespace fusee {
+inline namespace FUSEE_ENGINE_NAMESPACE {
+
+// r(x) = 1 / (1 + |x|), in (0, 1].
+template <typename A>
+FUSEE_HOST_DEVICE A reciprocal(A x) {
+  return A(1) / (A(1) + absolute(x));
+}
+
+template <typename A>
+FUSEE_HOST_DEVICE A stable_exp(A x) {
+  return x >= A(0) ? A(1) + x : reciprocal(x);
+}
+
+// s'(x) = s(x) r(x), simplified so that infinite x gives no 0 * inf.
+template <typename A>
+FUSEE_HOST_DEVICE A stable_exp_derivative(A x, A r) {
+  return x >= A(0) ? A(1) : r * r;
+}
+
+// log s(x), the "symlog" of x.
+template <typename A>
+FUSEE_HOST_DEVICE A symlog(A x) {
+  const A magnitude = log1p_nonnegative(absolute(x));
+  return x >= A(0) ? magnitude : -magnitude;
+}
+
+// The terms of S = sum_j s(x_j).
+//
+// Terms of positive x can reach the largest finite number and terms of negative x the smallest, so
+// the two are kept apart, the first scaled down: neither overflows below 2^24 (2^64) terms.
+template <typename A>
+struct StableSum {
+  static constexpr A kScale = sizeof(A) == 4 ? A(0x1p-24) : A(0x1p-64);
+
+  static FUSEE_HOST_DEVICE A positive_term(A x) {
+    return x >= A(0) ? kScale + x * kScale : A(0);
+  }
+  // A NaN fails the comparison and so lands here, and stays.
+  static FUSEE_HOST_DEVICE A negative_term(A x) { return x >= A(0) ? A(0) : reciprocal(x); }
+
+};
+
+// The same sum over a whole row, in double, together with what must not overflow on the way.
+struct RowSum {
+  double positive = 0;  // times 2^-64
+  double negative = 0;
+
+  // From the two sums of StableSum<A>.
+  template <typename A>
+  static FUSEE_HOST_DEVICE RowSum from(double positive, double negative) {
+    return {positive * (sizeof(A) == 4 ? 0x1p-40 : 1.0), negative};
+  }
+
+  // S itself; finite for finite float logits, while a float64 row may round to infinity.
+  FUSEE_HOST_DEVICE double value() const { return positive * 0x1p64 + negative; }
+  FUSEE_HOST_DEVICE double scaled() const { return positive + negative * 0x1p-64; }
+
+  FUSEE_HOST_DEVICE double log() const {
+    const bool large = positive > 1.0 && positive <= std::numeric_limits<double>::max();
+    return large ? log_nonnegative(scaled()) + 64 * 0.693147180559945309417
+                 : log_nonnegative(value());
+  }
+};
+
+// s_j / S as (s_j * unit) / total, where neither S nor the quotient overflows in A.
+template <typename A>
+struct Normalizer {
+  A unit, total;
+
+  Normalizer() = default;
+  FUSEE_HOST_DEVICE explicit Normalizer(const RowSum& sum) {
+    const bool large = sum.positive > 1.0 && sum.positive <= std::numeric_limits<double>::max();
+    unit = large ? A(0x1p-64) : A(1);
+    total = static_cast<A>(large ? sum.scaled() : sum.value());
+  }
+  // From the saved S, which is infinite only where every quotient may round to zero.
+  FUSEE_HOST_DEVICE explicit Normalizer(double sum) {
+    const bool large = sum > 0x1p64;
+    unit = large ? A(0x1p-64) : A(1);
+    total = static_cast<A>(large ? sum * 0x1p-64 : sum);
+  }
+  FUSEE_HOST_DEVICE A operator()(A term) const { return term * unit / total; }
+};
+
+// d output / d input of one element, given the row's dot product:
+//   StableMax:      dx_j = s'_j / S (g_j - sum_k g_k y_k)
+//   log StableMax:  dx_j = r_j g_j - s'_j / S sum_k g_k
+template <typename A>
+FUSEE_HOST_DEVICE A stablemax_derivative(A x, A g, A dot, A inverse_sum, bool log) {
+  const A r = reciprocal(x);
+  const A slope = stable_exp_derivative(x, r) * inverse_sum;
+  return log ? r * g - slope * dot : slope * (g - dot);
+}
+
+}  // namespace FUSEE_ENGINE_NAMESPACE
+}  // namespace fusee

@@ -1,0 +1,332 @@
+// StableMax cross entropy on the CPU: one pass over the logits forward, one backward.
+
+#include "losses/stablemax_cross_entropy.h"
+
+#include "core/tiles.h"
+#include "core/torch.h"
+#include "losses/checks.h"
+
+namespace fusee {
+inline namespace FUSEE_ENGINE_NAMESPACE {
+namespace {
+
+template <typename T>
+struct Problem {
+  using A = accumulate_t<T>;
+
+  const T* input;
+  Rows rows;
+  const int64_t* target;   // class indices (outer, inner), or null
+  const A* probabilities;  // in the input's layout, or null
+  const A* weight;         // (classes), or null for ones
+  double weight_sum;
+  CrossEntropyOptions options;
+
+  int64_t classes() const { return rows.length; }
+  A class_weight(int64_t c) const { return weight ? checked_class_weight(weight[c]) : A(1); }
+  // Smoothing gives every class j the coefficient smooth() w_j.
+  double smooth() const { return options.label_smoothing / static_cast<double>(classes()); }
+  bool spreads() const { return probabilities || options.label_smoothing != 0; }
+  bool ignored(int64_t row) const { return target && target[row] == options.ignore_index; }
+  bool out_of_range(int64_t row) const {
+    return target && (target[row] < 0 || target[row] >= classes());
+  }
+};
+
+// Calls f with the function (offset in memory, class) -> coefficient of every class: what smoothing
+// gives it, or its probability. One instance per case, so that each one's loops vectorise.
+template <typename T, typename F>
+auto with_coefficient(const Problem<T>& p, const F& f) {
+  using A = typename Problem<T>::A;
+  const A smooth = static_cast<A>(p.smooth());
+  const A keep = static_cast<A>(1 - p.options.label_smoothing);
+  const A* w = p.weight;
+  const A* q = p.probabilities;
+  if (q && w)
+    return f([=](int64_t at, int64_t c) {
+      return checked_class_weight(w[c]) * (keep * q[at] + smooth);
+    });
+  if (q) return f([=](int64_t at, int64_t) { return keep * q[at] + smooth; });
+  if (w) return f([=](int64_t, int64_t c) { return checked_class_weight(w[c]) * smooth; });
+  return f([=](int64_t, int64_t) { return smooth; });
+}
+
+// The target of one row: the pivot, the sum K of its coefficients, and K - c_t. A row without a loss
+// (its target ignored or out of range) has pivot -1.
+struct Pivot {
+  int64_t at;
+  double total;
+  double remainder;
+};
+
+template <typename T>
+Pivot index_pivot(const Problem<T>& p, int64_t row) {
+  if (p.ignored(row) || p.out_of_range(row)) return {-1, 0, 0};
+  const double w = p.class_weight(p.target[row]);
+  const double own = (1 - p.options.label_smoothing) * w;
+  if (p.options.label_smoothing == 0) return {p.target[row], own, 0.0};
+  return {p.target[row], own + p.smooth() * p.weight_sum, p.smooth() * (p.weight_sum - w)};
+}
+
+// The pivot of a probability target is its largest coefficient.
+template <typename T>
+Pivot probability_pivot(const Problem<T>& p, int64_t first, int64_t step) {
+  return with_coefficient(p, [&](const auto& coefficient) {
+    Pivot pivot{0, 0, 0};
+    double largest = -std::numeric_limits<double>::infinity();
+    for (int64_t c = 0; c < p.classes(); ++c) {
+      const double value = coefficient(first + c * step, c);
+      pivot.total += value;
+      if (value > largest) {
+        largest = value;
+        pivot.at = c;
+      }
+    }
+    for (int64_t c = 0; c < p.classes(); ++c)
+      if (c != pivot.at) pivot.remainder += coefficient(first + c * step, c);
+    return pivot;
+  });
+}
+
+template <typename T>
+void tile_pivots(const Problem<T>& p, const Tile& tile, Pivot* pivots) {
+  for (int i = 0; i < tile.lanes; ++i)
+    pivots[i] = p.target ? index_pivot(p, tile.row + i)
+                         : probability_pivot(p, tile.first + i * tile.lane_step, tile.step);
+}
+
+// The pivot's place among the kChunk classes from `begin` on, or -1.
+inline int32_t place_in_chunk(const Pivot& pivot, int64_t begin) {
+  const int64_t place = pivot.at - begin;
+  return place >= 0 && place < kChunk ? static_cast<int32_t>(place) : -1;
+}
+
+// The sums of a tile: both parts of R, and the spread of the coefficients around the pivot,
+// sum_j b_j (log s_t - log s_j), where a class with no weight takes no part even at x_j = -inf.
+template <typename T, typename A = accumulate_t<T>>
+void sum_tile(const Problem<T>& p, const Tile& tile, const Pivot* pivots, const A* symlog_pivot,
+              double (*sums)[kLanes]) {
+  auto rest = [&](int i, int64_t begin) {
+    const T* FUSEE_RESTRICT input = p.input;
+    const int32_t place = place_in_chunk(pivots[i], begin);
+    return [=](int32_t k, int64_t at) {
+      const A x = static_cast<A>(input[at]);
+      const bool own = k == place;
+      return Terms<A>{own ? A(0) : StableSum<A>::positive_term(x),
+                      own ? A(0) : StableSum<A>::negative_term(x)};
+    };
+  };
+  sum_elements<A>(tile, p.classes(), rest, sums);
+  if (!p.spreads()) {
+    std::fill_n(sums[2], tile.lanes, 0.0);
+    return;
+  }
+  with_coefficient(p, [&](const auto& coefficient) {
+    auto spread = [&](int i, int64_t begin) {
+      const T* FUSEE_RESTRICT input = p.input;
+      return [=, symlog_t = symlog_pivot[i]](int32_t k, int64_t at) {
+        const A b = coefficient(at, begin + k);
+        const A term = b * (symlog_t - symlog(static_cast<A>(input[at])));
+        return Terms<A>{b == A(0) ? A(0) : term, A(0)};
+      };
+    };
+    sum_elements<A>(tile, p.classes(), spread, sums + 2);
+  });
+}
+
+template <typename T, typename A = accumulate_t<T>>
+void forward_tile(const Problem<T>& p, const Tile& tile, A* loss, RowStats<A>* stats) {
+  Pivot pivots[kLanes];
+  A x_pivot[kLanes], symlog_pivot[kLanes];
+  double sums[4][kLanes];
+  tile_pivots(p, tile, pivots);
+  for (int i = 0; i < tile.lanes; ++i) {
+    const int64_t at = tile.first + i * tile.lane_step + std::max<int64_t>(0, pivots[i].at) * tile.step;
+    x_pivot[i] = static_cast<A>(p.input[at]);
+  }
+  if (p.spreads())
+    for (int i = 0; i < tile.lanes; ++i) symlog_pivot[i] = symlog(x_pivot[i]);
+  sum_tile(p, tile, pivots, symlog_pivot, sums);
+  double odds[kLanes];
+#pragma omp simd
+  for (int i = 0; i < tile.lanes; ++i) {
+    const RowSum rest = RowSum::from<A>(sums[0][i], sums[1][i]);
+    odds[i] = log_odds(rest, x_pivot[i]);
+    stats[i] = row_stats(rest, x_pivot[i]);
+  }
+  for (int i = 0; i < tile.lanes; ++i)
+    loss[i] = static_cast<A>(pivots[i].total * odds[i] + sums[2][i]);
+  if (p.options.z_loss != 0)
+    for (int i = 0; i < tile.lanes; ++i)
+      loss[i] += static_cast<A>(z_term(odds[i], x_pivot[i], p.options.z_loss));
+  for (int i = 0; i < tile.lanes; ++i) {
+    if (pivots[i].at >= 0) continue;
+    loss[i] = p.ignored(tile.row + i) ? A(0) : std::numeric_limits<A>::quiet_NaN();
+    stats[i] = {A(1), A(0)};
+  }
+}
+
+template <typename T, typename A = accumulate_t<T>>
+void backward_tile(const Problem<T>& p, const Tile& tile, const A* h, const RowStats<A>* stats,
+                   T* FUSEE_RESTRICT output) {
+  Pivot pivots[kLanes];
+  tile_pivots(p, tile, pivots);
+  RowGradient<A> gradients[kLanes];
+  A scale[kLanes];  // of the coefficients: h, and zero in a row without a loss
+  for (int i = 0; i < tile.lanes; ++i) {
+    gradients[i] = RowGradient<A>(h[i], stats[i], static_cast<A>(pivots[i].total),
+                                  static_cast<A>(pivots[i].remainder),
+                                  static_cast<A>(p.options.z_loss));
+    scale[i] = h[i];
+    if (pivots[i].at < 0) {
+      scale[i] = 0;
+      gradients[i].over_sum =
+          p.ignored(tile.row + i) ? A(0) : std::numeric_limits<A>::quiet_NaN();
+    }
+  }
+  const T* FUSEE_RESTRICT input = p.input;
+  if (p.spreads()) {
+    with_coefficient(p, [&](const auto& coefficient) {
+      for_each_element(tile, p.classes(), [&](int i, int64_t) {
+        return [=, gradient = gradients[i], s = scale[i]](int64_t c, int64_t at) {
+          output[at] = static_cast<T>(
+              gradient.at(static_cast<A>(input[at]), s * coefficient(at, c)));
+        };
+      });
+    });
+  } else {
+    for_each_element(tile, p.classes(), [&](int i, int64_t) {
+      return [=, over_sum = gradients[i].over_sum](int64_t, int64_t at) {
+        const A x = static_cast<A>(input[at]);
+        output[at] = static_cast<T>(over_sum * stable_exp_derivative(x, reciprocal(x)));
+      };
+    });
+  }
+  for (int i = 0; i < tile.lanes; ++i) {
+    if (pivots[i].at < 0) continue;
+    const int64_t at = tile.first + i * tile.lane_step + pivots[i].at * tile.step;
+    output[at] = static_cast<T>(gradients[i].at_pivot(static_cast<A>(input[at])));
+  }
+}
+
+template <typename T, typename A = accumulate_t<T>>
+void forward(const Problem<T>& p, A* loss, RowStats<A>* stats) {
+  parallel_for(0, p.rows.tiles(), grain(p.rows.elements_per_tile()),
+               [&](int64_t begin, int64_t end) {
+                 for (int64_t index = begin; index < end; ++index) {
+                   const Tile tile = p.rows.tile(index);
+                   forward_tile(p, tile, loss + tile.row, stats + tile.row);
+                 }
+               });
+}
+
+template <typename T, typename A = accumulate_t<T>>
+void backward(const Problem<T>& p, const A* grad, int64_t grad_stride, const RowStats<A>* stats,
+              T* output) {
+  parallel_for(0, p.rows.tiles(), grain(p.rows.elements_per_tile()),
+               [&](int64_t begin, int64_t end) {
+                 A h[kLanes];
+                 for (int64_t index = begin; index < end; ++index) {
+                   const Tile tile = p.rows.tile(index);
+                   for (int i = 0; i < tile.lanes; ++i) h[i] = grad[(tile.row + i) * grad_stride];
+                   backward_tile(p, tile, h, stats + tile.row, output);
+                 }
+               });
+}
+
+// The operators' arguments, as the kernels take them.
+template <typename T>
+struct Arguments {
+  Tensor input;
+  std::optional<Tensor> target, weight;
+  Problem<T> problem;
+
+  Arguments(const Tensor& input_, const Tensor& target_, const std::optional<Tensor>& weight_,
+            const CrossEntropyOptions& options)
+      : input(as_contiguous(input_)), target(as_contiguous(target_)), weight(as_contiguous(weight_)) {
+    using A = accumulate_t<T>;
+    const bool indices = target->scalar_type() == ScalarType::Long;
+    problem = {data<T>(input),
+               {input.size(0), input.size(1), input.size(2)},
+               indices ? data<int64_t>(*target) : nullptr,
+               indices ? nullptr : data<A>(*target),
+               data_or_null<A>(weight),
+               0,
+               options};
+    for (int64_t c = 0; c < problem.classes(); ++c) problem.weight_sum += problem.class_weight(c);
+  }
+};
+
+// info = (what a mean divides by, the number of rows whose target is out of range).
+template <typename T>
+std::array<double, 2> count_rows(const Problem<T>& p) {
+  if (!p.target) return {static_cast<double>(p.rows.count()), 0};
+  double divisor = 0, invalid = 0;
+  for (int64_t row = 0; row < p.rows.count(); ++row) {
+    const int64_t y = p.target[row];
+    if (y == p.options.ignore_index) continue;
+    if (y < 0 || y >= p.classes()) {
+      invalid += 1;
+    } else {
+      divisor += p.class_weight(y);
+    }
+  }
+  return {divisor, invalid};
+}
+
+std::tuple<Tensor, Tensor, Tensor> stablemax_cross_entropy(
+    const Tensor& input, const Tensor& target, const std::optional<Tensor>& weight,
+    int64_t ignore_index, int64_t reduction, double label_smoothing, double z_loss) {
+  const CrossEntropyOptions options{ignore_index, label_smoothing, z_loss};
+  check_cross_entropy(input, target, weight);
+  return dispatch_floating(input.scalar_type(), [&]<typename T>(T) {
+    using A = accumulate_t<T>;
+    const Arguments<T> arguments(input, target, weight, options);
+    const Problem<T>& p = arguments.problem;
+    const ScalarType type = accumulate_type(input.scalar_type());
+    Tensor stats = empty(input, {p.rows.outer, p.rows.inner, 2}, type);
+    Tensor info = empty(input, {2}, ScalarType::Double);
+    Tensor losses = empty(input, {p.rows.outer, p.rows.inner}, type);
+    A* rows = mutable_data<A>(losses);
+    forward(p, rows, reinterpret_cast<RowStats<A>*>(mutable_data<A>(stats)));
+    const auto counts = count_rows(p);
+    std::copy(counts.begin(), counts.end(), mutable_data<double>(info));
+    if (reduction == kReductionNone) return std::make_tuple(losses, stats, info);
+    // Rows are added in one fixed order, whatever the number of threads.
+    double sum = 0;
+    for (int64_t row = 0; row < p.rows.count(); ++row) sum += rows[row];
+    if (reduction == kReductionMean) sum /= counts[0];
+    Tensor loss = empty(input, {}, type);
+    *mutable_data<A>(loss) = static_cast<A>(sum);
+    return std::make_tuple(loss, stats, info);
+  });
+}
+
+Tensor stablemax_cross_entropy_backward(const Tensor& grad, const Tensor& input,
+                                        const Tensor& target, const std::optional<Tensor>& weight,
+                                        const Tensor& stats, int64_t ignore_index,
+                                        double label_smoothing, double z_loss) {
+  const CrossEntropyOptions options{ignore_index, label_smoothing, z_loss};
+  check_cross_entropy(input, target, weight);
+  check_cross_entropy_backward(grad, input, stats);
+  return dispatch_floating(input.scalar_type(), [&]<typename T>(T) {
+    using A = accumulate_t<T>;
+    const Arguments<T> arguments(input, target, weight, options);
+    const RowValues h(grad);
+    const Tensor saved = as_contiguous(stats);
+    Tensor output = empty(input, to_shape(input.sizes()), input.scalar_type());
+    backward(arguments.problem, data<A>(h.tensor), h.stride,
+             reinterpret_cast<const RowStats<A>*>(data<A>(saved)), mutable_data<T>(output));
+    return output;
+  });
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(fusee, CPU, m) {
+  m.impl("stablemax_cross_entropy", TORCH_BOX(&stablemax_cross_entropy));
+  m.impl("stablemax_cross_entropy_backward", TORCH_BOX(&stablemax_cross_entropy_backward));
+}
+
+}  // namespace FUSEE_ENGINE_NAMESPACE
+}  // namespace fusee

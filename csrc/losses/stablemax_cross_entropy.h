@@ -1,0 +1,95 @@
+// StableMax cross entropy: the formulas of one row, compiled by every engine.
+//
+// A row has logits x_j, coefficients c_j >= 0 (a one-hot target with class weights and smoothing, or
+// a probability vector) with K = sum c_j, and a pivot t: the target class, or the largest c_j. With
+// R = S - s_t summed without the pivot's term,
+//
+//   loss = sum_j c_j (log S - log s_j) + z (log S)^2
+//        = K log1p(R / s_t) + sum_j c_j (log s_t - log s_j) + z (log S)^2
+//   d loss / d x_j = r_j (A s_j / S - c_j),   A = K + 2 z log S
+//
+// The form with log1p loses no digits when the target's probability approaches one, where
+// log S - log s_t rounds to zero; the pivot's derivative is written with Q = R / S for the same reason:
+//
+//   d loss / d x_t = r_t ((K - c_t) - K Q + 2 z log S s_t / S).
+#pragma once
+
+#include "losses/stablemax.h"
+
+namespace fusee {
+inline namespace FUSEE_ENGINE_NAMESPACE {
+
+// What the forward pass saves for a row, in the accumulation type.
+template <typename A>
+struct RowStats {
+  A sum;   // S
+  A rest;  // Q = R / S
+};
+
+struct CrossEntropyOptions {
+  int64_t ignore_index;
+  double label_smoothing;
+  double z_loss;
+};
+
+// Negative class weights have no meaning here: they poison what they touch.
+template <typename A>
+FUSEE_HOST_DEVICE A checked_class_weight(A weight) {
+  return weight >= A(0) ? weight : std::numeric_limits<A>::quiet_NaN();
+}
+
+// log1p(R / s_t), where `rest` sums the row without its pivot. Only a float64 row can have a ratio
+// past the range of double; its logarithm is then taken apart.
+template <typename A>
+FUSEE_HOST_DEVICE double log_odds(const RowSum& rest, A x_t) {
+  const double x = static_cast<double>(x_t);
+  const double ratio = rest.value() / stable_exp(x);
+  if constexpr (sizeof(A) == 8) {
+    if (ratio > 1e300) return rest.log() - symlog(x);
+  }
+  return log1p_nonnegative(ratio);
+}
+
+template <typename A>
+FUSEE_HOST_DEVICE RowStats<A> row_stats(const RowSum& rest, A x_t) {
+  const double s_t = stable_exp(static_cast<double>(x_t));
+  const double r = rest.value();
+  // 1 / (1 + s_t / R) is right for R = 0 and for infinite R, where R / S would be NaN.
+  return {static_cast<A>(r + s_t), static_cast<A>(1.0 / (1.0 + s_t / r))};
+}
+
+// z (log S)^2, with log S = log s_t + log_odds.
+template <typename A>
+FUSEE_HOST_DEVICE double z_term(double odds, A x_t, double z_loss) {
+  const double log_sum = odds + symlog(static_cast<double>(x_t));
+  return z_loss * log_sum * log_sum;
+}
+
+// The row's factors in the derivative, with the incoming gradient already multiplied in.
+template <typename A>
+struct RowGradient {
+  A over_sum;  // h A / S
+  A pivot;     // h ((K - c_t) - K Q + 2 z log S s_t / S), times r_t the pivot's derivative
+
+  RowGradient() = default;
+  // `remainder` is K - c_t, which the caller knows without cancellation.
+  FUSEE_HOST_DEVICE RowGradient(A gradient, const RowStats<A>& stats, A total, A remainder,
+                                A z_loss) {
+    const A z = z_loss == A(0) ? A(0) : A(2) * z_loss * log_nonnegative(stats.sum);
+    // A row of the most negative numbers has a subnormal S; kept finite, its quotient times r^2 is 0.
+    const A quotient = gradient * (total + z) / stats.sum;
+    const A limit = std::numeric_limits<A>::max();
+    over_sum = quotient > limit ? limit : quotient < -limit ? -limit : quotient;
+    pivot = gradient * (remainder - total * stats.rest + z * (A(1) - stats.rest));
+  }
+
+  // d loss / d x_j of an ordinary class; `coefficient` is h c_j.
+  FUSEE_HOST_DEVICE A at(A x, A coefficient) const {
+    const A r = reciprocal(x);
+    return over_sum * stable_exp_derivative(x, r) - coefficient * r;
+  }
+  FUSEE_HOST_DEVICE A at_pivot(A x) const { return pivot * reciprocal(x); }
+};
+
+}  // namespace FUSEE_ENGINE_NAMESPACE
+}  // namespace fusee

@@ -1,0 +1,18 @@
+"""Fused kernels for methods that regularise, structure or certify a network, as a PyTorch extension.
+
+The functions are here, the modules in :mod:`fusee.nn`, the optimisers in :mod:`fusee.optim`.
+``python -m fusee`` shows what was built and which engine serves each device.
+"""
+
+from fusee import nn, optim
+from fusee._library import LOADED as _LOADED
+from fusee.losses.stablemax import log_stablemax, stablemax
+from fusee.losses.stablemax_cross_entropy import stablemax_cross_entropy
+
+__version__ = "0.1.0"
+__all__ = ["log_stablemax", "nn", "optim", "stablemax", "stablemax_cross_entropy"]
+
+
+def engine(device: str = "cpu") -> str | None:
+    """The engine that serves ``"cpu"`` or ``"cuda"`` in this process, None if none does."""
+    return _LOADED[device].engine

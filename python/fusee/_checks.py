@@ -1,0 +1,74 @@
+"""Checks of arguments: what was given, and what it must be, by name."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fusee._op import in_functorch_transform
+
+FLOATING_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def check_tensor(name: str, value: Any) -> None:
+    """Raises TypeError unless ``value`` is a dense tensor."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a Tensor, got {type(value).__name__}")
+    if value.layout != torch.strided:
+        raise TypeError(f"{name} must be a dense tensor, got layout {value.layout}")
+
+
+def check_floating(name: str, value: Any) -> None:
+    """Raises TypeError unless ``value`` is a tensor of one of the four floating dtypes."""
+    check_tensor(name, value)
+    if value.dtype not in FLOATING_DTYPES:
+        raise TypeError(
+            f"{name} must have dtype float32, float64, bfloat16 or float16, got {value.dtype}"
+        )
+
+
+def check_same_device(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
+    """Raises ValueError unless the two tensors are on the same device."""
+    if value.device != other.device:
+        raise ValueError(
+            f"{name} must be on the same device as {other_name}, got {value.device} and "
+            f"{other.device}"
+        )
+
+
+def check_dim(dim: Any, ndim: int) -> int:
+    """The dimension counted from the front; IndexError when out of range, as in torch."""
+    if isinstance(dim, bool) or not isinstance(dim, int):
+        raise TypeError(f"dim must be an int, got {type(dim).__name__}")
+    extent = max(ndim, 1)
+    if not -extent <= dim < extent:
+        raise IndexError(f"dim must be in [{-extent}, {extent - 1}], got {dim}")
+    return dim % extent
+
+
+def require_values(tensor: Tensor, holds: Tensor | bool, raise_error: Callable[[], None]) -> None:
+    """Enforces a condition that only the values show.
+
+    Calls ``raise_error`` unless ``holds``: in eager mode for CPU tensors, and everywhere under
+    ``FUSEE_CHECK_VALUES=1`` (a RuntimeError in compiled code). Elsewhere nothing is read back from
+    the device, and the operator marks what it touches with NaN.
+    """
+    always = os.environ.get("FUSEE_CHECK_VALUES") == "1"
+    if torch.compiler.is_compiling():
+        if always and isinstance(holds, Tensor):
+            torch._assert_async(holds, "fusee: a value of an argument is out of its range")
+        return
+    traced = in_functorch_transform() or type(tensor) not in (Tensor, torch.nn.Parameter)
+    if traced or not (always or tensor.device.type == "cpu"):
+        return
+    if not bool(holds):
+        raise_error()
+
+
+def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which sums over a tensor of ``dtype`` are kept."""
+    return torch.float64 if dtype == torch.float64 else torch.float32

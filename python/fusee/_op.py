@@ -1,0 +1,210 @@
+"""What makes a registered operator a good PyTorch citizen, once for all operators.
+
+A compiled operator (``torch.ops.fusee.<name>``) gets its fake kernel, its reference as the kernel of
+every device that has no engine, autograd, and a vmap rule. ``register_autograd`` alone makes
+``torch.func.grad`` raise and ``torch.func.jvp`` return zeros, so in eager mode the operator is called
+through an ``autograd.Function`` that also has a ``jvp``. Dynamo cannot trace such a Function; while it
+compiles, the registered operator itself is called, and its registered backward is used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fusee._library import LOADED
+
+_implementations = torch.library.Library("fusee", "IMPL")
+
+
+def in_functorch_transform() -> bool:
+    """Whether a ``torch.func`` transform is being applied to the calling code."""
+    return torch._C._are_functorch_transforms_active()
+
+
+class Op:
+    """A compiled operator with everything PyTorch may ask of it.
+
+    Args:
+        name: the operator in the ``fusee`` namespace.
+        fake: its shapes and dtypes, for tracing.
+        reference: the same computation in plain torch operators. It is the test oracle, the kernel of
+            devices without an engine, and the source of every derivative that is not given.
+        vmap: as in ``torch.library.register_vmap``.
+        differentiable: the positions of the arguments that have gradients, and of the outputs.
+        backward: ``backward(ctx, *grads)`` as in ``torch.library.register_autograd``, from what
+            ``ctx.args`` (all arguments) and ``ctx.outputs`` hold; calls differentiable functions only.
+            Without it the derivative is that of the reference.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        fake: Callable[..., Any],
+        reference: Callable[..., Any],
+        vmap: Callable[..., Any],
+        differentiable: tuple[Sequence[int], Sequence[int]] = ((), ()),
+        backward: Callable[..., Any] | None = None,
+    ) -> None:
+        self.name = name
+        self.reference = reference
+        self.overload = getattr(torch.ops.fusee, name).default
+        qualified = f"fusee::{name}"
+        torch.library.register_fake(qualified, fake)
+        torch.library.register_vmap(qualified, vmap)
+        _implementations.impl(name, reference, "CompositeExplicitAutograd")
+        for device, key in (("cpu", "CPU"), ("cuda", "CUDA")):
+            if LOADED[device].engine is None:
+                _implementations.impl(name, _missing_engine(name, device), key)
+        self._function: type[torch.autograd.Function] | None = None
+        if differentiable[0]:
+            self._function = _make_function(name, self, *differentiable, backward)
+            torch.library.register_autograd(
+                qualified, self._function.backward, setup_context=self._function.setup_context
+            )
+
+    def __call__(self, *args: Any) -> Any:
+        if self._function is None:
+            return self.overload(*args)
+        if torch.compiler.is_compiling() and not in_functorch_transform():
+            return self.overload(*args)
+        return self._function.apply(*args)
+
+
+def _missing_engine(name: str, device: str) -> Callable[..., Any]:
+    def kernel(*args: Any, **kwargs: Any) -> Any:
+        raise RuntimeError(
+            f"fusee has no {device.upper()} engine for {name!r}: {LOADED[device].reason}. "
+            "`python -m fusee` shows what was built and chosen."
+        )
+
+    return kernel
+
+
+def _make_function(
+    name: str,
+    op: Op,
+    inputs_with_grad: Sequence[int],
+    outputs_with_grad: Sequence[int],
+    backward: Callable[..., Any] | None,
+) -> type[torch.autograd.Function]:
+    """The autograd.Function of an operator; its backward serves ``register_autograd`` too."""
+
+    def forward(*args: Any) -> Any:
+        return op.overload(*args)
+
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        outputs = output if isinstance(output, tuple) else (output,)
+        constants = [o for i, o in enumerate(outputs) if i not in outputs_with_grad]
+        ctx.mark_non_differentiable(*constants)
+        ctx.set_materialize_grads(False)
+        ctx.others = [None if isinstance(value, Tensor) else value for value in inputs]
+        ctx.places = [i for i, value in enumerate(inputs) if isinstance(value, Tensor)]
+        tensors = [inputs[i] for i in ctx.places]
+        # The outputs that carry gradients are recomputable from the others, and not kept.
+        ctx.save_for_backward(*tensors, *constants)
+        ctx.save_for_forward(*tensors, *constants)
+
+    def restore(ctx: Any) -> None:
+        saved = ctx.saved_tensors
+        args = list(ctx.others)
+        for place, tensor in zip(ctx.places, saved, strict=False):
+            args[place] = tensor
+        ctx.args = tuple(args)
+        ctx.constants = saved[len(ctx.places) :]
+
+    def call_backward(ctx: Any, *grads: Tensor | None) -> Any:
+        restore(ctx)
+        carried = [grads[i] for i in outputs_with_grad]
+        if all(grad is None for grad in carried):
+            return (None,) * len(ctx.args)
+        if backward is not None:
+            return backward(ctx, *carried)
+        function, tensors = _of_tensors(op.reference, ctx.args, inputs_with_grad, outputs_with_grad)
+        outputs, pull = torch.func.vjp(function, *tensors)
+        cotangents = tuple(
+            torch.zeros_like(out) if grad is None else grad
+            for out, grad in zip(outputs, carried, strict=True)
+        )
+        gradients = iter(pull(cotangents))
+        return tuple(
+            next(gradients) if i in inputs_with_grad and _has_gradient(value) else None
+            for i, value in enumerate(ctx.args)
+        )
+
+    def jvp(ctx: Any, *tangents: Tensor | None) -> Any:
+        restore(ctx)
+        function, tensors = _of_tensors(op.reference, ctx.args, inputs_with_grad, outputs_with_grad)
+        given = [tangents[i] for i in inputs_with_grad if _has_gradient(ctx.args[i])]
+        directions = tuple(
+            torch.zeros_like(tensor) if tangent is None else tangent
+            for tensor, tangent in zip(tensors, given, strict=True)
+        )
+        # J t as the transpose of the transpose: forward mode does not nest within itself.
+        outputs, pull = torch.func.vjp(function, *tensors)
+        _, push = torch.func.vjp(pull, tuple(torch.zeros_like(out) for out in outputs))
+        (derivatives,) = push(directions)
+        result: list[Tensor | None] = [None] * (len(outputs_with_grad) + len(ctx.constants))
+        for i, derivative in zip(outputs_with_grad, derivatives, strict=True):
+            result[i] = derivative
+        return tuple(result) if len(result) > 1 else result[0]
+
+    members = {
+        "generate_vmap_rule": True,
+        "forward": staticmethod(forward),
+        "setup_context": staticmethod(setup_context),
+        "backward": staticmethod(call_backward),
+        "jvp": staticmethod(jvp),
+    }
+    return type(f"Fusee_{name}", (torch.autograd.Function,), members)
+
+
+def _has_gradient(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()
+
+
+def _of_tensors(
+    reference: Callable[..., Any],
+    args: Sequence[Any],
+    inputs_with_grad: Sequence[int],
+    outputs_with_grad: Sequence[int],
+) -> tuple[Callable[..., tuple[Tensor, ...]], list[Tensor]]:
+    """The reference as a function of its differentiable tensors alone, and those tensors."""
+    places = [i for i in inputs_with_grad if _has_gradient(args[i])]
+
+    def function(*tensors: Tensor) -> tuple[Tensor, ...]:
+        filled = list(args)
+        for place, tensor in zip(places, tensors, strict=True):
+            filled[place] = tensor
+        output = reference(*filled)
+        outputs = output if isinstance(output, tuple) else (output,)
+        return tuple(outputs[i] for i in outputs_with_grad)
+
+    return function, [args[i] for i in places]
+
+
+def fold_batch(
+    info: Any, in_dims: Sequence[int | None], args: Sequence[Tensor | None]
+) -> list[Tensor | None]:
+    """Moves the vmapped dimension of every tensor into its first one, for operators whose tensors all
+    begin with independent rows; a tensor that is not vmapped is repeated."""
+    folded: list[Tensor | None] = []
+    for tensor, dim in zip(args, in_dims, strict=True):
+        if tensor is None:
+            folded.append(None)
+            continue
+        if dim is None:
+            tensor = tensor.expand(info.batch_size, *tensor.shape)
+        else:
+            tensor = tensor.movedim(dim, 0)
+        folded.append(tensor.flatten(0, 1))
+    return folded
+
+
+def unfold_batch(info: Any, tensor: Tensor) -> Tensor:
+    """The inverse of :func:`fold_batch` for a result."""
+    return tensor.unflatten(0, (info.batch_size, -1 if tensor.shape[0] else 0))
