@@ -1,1 +1,1 @@
-"""Microbenchmarks of fusee: `pytest bench`, or `make bench`. See bench/harness.py for how to add a case."""
+"""Microbenchmarks of fusee: `pytest bench` or `make bench`. To add one: bench/harness.py."""

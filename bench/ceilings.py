@@ -1,9 +1,9 @@
 """What the machine can do, measured in the same run and with the same thread count as the cases.
 
-Two uses. `machine()` gives the figures that head a report. `for_work()` gives, for one case, jobs that
-move the same bytes or do the same FLOPs; they are timed interleaved with its contenders, so the drift of a
-shared machine hits both. A copy that allocates its output is the fair ceiling for an op that returns a
-new tensor: on CPU, first touching fresh pages costs more than moving the bytes.
+Two uses. `machine()` gives the figures that head a report. `for_work()` gives, for one case, jobs
+that move the same bytes or do the same FLOPs; they are timed interleaved with its contenders, so
+the drift of a shared machine hits both. A copy that allocates its output is the fair ceiling for an
+op that returns a new tensor: on CPU, first touching fresh pages costs more than moving the bytes.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from bench.summary import spread
 
 MIB = 1 << 20
 
-# Independent accumulators hide the latency of the multiply-add (4 to 5 cycles, two pipes); the width
-# and number fit the registers of each instruction set. 2 FLOPs a lane and step.
+# Independent accumulators hide the latency of the multiply-add (4 to 5 cycles, two pipes); the
+# width and number fit the registers of each instruction set. 2 FLOPs a lane and step.
 _FMA_SOURCE = """
 #if defined(__AVX512F__)
 enum { BYTES = 64, CHAINS = 20 };
@@ -55,7 +55,7 @@ extern "C" void fma_run(long steps, float m, float c, float* out) {
 
 @dataclass(frozen=True)
 class Job:
-    """A ceiling's job: `run` does `scale` times less than the case asks, so its time is multiplied by it."""
+    """A ceiling's job: the time of `run`, which may do less than the case, times `scale`."""
 
     run: Callable[[], Any]
     scale: float = 1.0
@@ -114,7 +114,7 @@ def _available_bytes(device: str) -> int:
 
 
 def _floats(nbytes: float, device: str) -> tuple[torch.Tensor, float]:
-    """Return a touched float32 array of about `nbytes`, at most an eighth of free memory, and the shortfall."""
+    """Return about `nbytes` of float32, at most an eighth of free memory, and the shortfall."""
     size = max(1, int(min(nbytes, _available_bytes(device) // 8)) // 4)
     return torch.ones(size, device=device), max(1.0, nbytes / (4 * size))
 
@@ -133,7 +133,7 @@ def ready_job(work: Work, device: str) -> Job:
 
 
 def stream_job(work: Work, device: str) -> Job:
-    """Return a job with the same reads and the same allocated writes as `work`, the strictest copy ceiling.
+    """Return a job with the same reads and allocated writes as `work`: the strictest copy ceiling.
 
     It reads what the op must read beyond what it writes (as a sum) and clones as much as it writes.
     """

@@ -13,7 +13,7 @@ COLOURS = {"subject": "#2e7d32", "contenders": "#7a8ca3", "ceilings": "#d8b365"}
 
 
 def times_chart(rows: Sequence[Mapping[str, Any]], subject: str) -> str:
-    """Return horizontal bars of the median times, whiskers at the quartiles, on a log scale if they span 20x."""
+    """Return bars of the median times with their quartiles, on a log scale if they span 20x."""
     rows = [row for row in rows if is_measured(row)]
     if not rows:
         return "<p>Nothing was measured.</p>"

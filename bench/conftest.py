@@ -1,4 +1,4 @@
-"""Plugs the harness into pytest and pytest-benchmark. Options: `pytest bench --help`, group "fusee bench"."""
+"""Plugs the harness into pytest and pytest-benchmark; `pytest bench --help` shows its options."""
 
 from __future__ import annotations
 
@@ -21,11 +21,12 @@ SESSION = pytest.StashKey["BenchSession"]()
 class ReplayClock:
     """A timer that makes pytest-benchmark record durations that were measured elsewhere.
 
-    pytest-benchmark times all rounds of one test before the next test starts, so it cannot interleave
-    contenders. We time a case's contenders together, in `runner.interleave`, and give each contender's test
-    its own rounds through pytest-benchmark's public interface: the marker's `timer` is this clock, and
-    `benchmark.pedantic` reads it before and after each round of an empty target. Its statistics, JSON,
-    storage and comparison then work on the interleaved times, and nothing private of it is touched.
+    pytest-benchmark times all rounds of one test before the next test starts, so it cannot
+    interleave contenders. We time a case's contenders together, in `runner.interleave`, and give
+    each contender's test its own rounds through pytest-benchmark's public interface: the marker's
+    `timer` is this clock, and `benchmark.pedantic` reads it before and after each round of an empty
+    target. Its statistics, JSON, storage and comparison then work on the interleaved times, and
+    nothing private of it is touched.
     """
 
     def __init__(self) -> None:
@@ -37,6 +38,7 @@ class ReplayClock:
         self._now = iter(list(readings))
 
     def __call__(self) -> float:
+        """Return the next reading."""
         return next(self._now)
 
 
@@ -44,7 +46,7 @@ REPLAY = ReplayClock()
 
 
 class BenchSession:
-    """Measures each case once, hands its parts to the tests, and keeps everything for the report."""
+    """Measures each case once, hands its parts to the tests, and keeps all for the report."""
 
     def __init__(self, settings: runner.Settings, folder: Path) -> None:
         self.settings, self.folder = settings, folder
@@ -64,7 +66,7 @@ class BenchSession:
         }
 
     def report_contender(self, benchmark: Any, case: Case, mode: str, contender: str) -> None:
-        """Give pytest-benchmark the rounds of one contender, measuring its whole case if that is new."""
+        """Give pytest-benchmark one contender's rounds; measure its whole case if that is new."""
         if not self.document:
             self.start()
         key = f"{case.id}-{mode}"

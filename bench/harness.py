@@ -18,15 +18,16 @@ Add a case by copying a file such as `bench/losses/bench_stablemax.py`:
 
     test_stablemax = bench_cases([case(4096, 32000)], quick=[case(8, 64)])
 
-The first contender is the subject: every ratio is "time of the peer / time of the subject", so above
-one means that the subject is faster. The keys of `work` are the modes to time:
+The first contender is the subject: every ratio is "time of the peer / time of the subject", so
+above one means that the subject is faster. The keys of `work` are the modes to time:
 
 * "forward": one call under `no_grad`;
 * "backward": `torch.autograd.grad` through a graph that was built once and is kept;
 * "forward+backward": both, as a training step does them.
 
-`bytes` is the least traffic that any implementation needs: each input read once, each output written
-once, never what one implementation happens to move. It makes GB/s comparable and sets the ceiling.
+`bytes` is the least traffic that any implementation needs: each input read once, each output
+written once, never what one implementation happens to move. It makes GB/s comparable and sets the
+ceiling.
 """
 
 from __future__ import annotations
@@ -36,12 +37,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import pytest
 import torch
 
 MODES = ("forward", "backward", "forward+backward")
 
-# Names under which the machine's own ceilings are timed beside a case's contenders. `bars` may name them.
+# Names under which the machine's own ceilings are timed beside a case's contenders. `bars` may name
+# them.
 COPY = "copy: clone() of the same bytes"
 STREAM = "copy: read and clone(), same reads and writes"
 READY = "copy: copy_() of the same bytes into a ready buffer"
@@ -61,7 +62,8 @@ class Peer:
     Args:
         make: builds, once per case and mode, the function that is called with the case's inputs as
             keyword arguments. Import optional packages inside it.
-        requires: the package that must be importable. When it is not, the report names this peer as absent.
+        requires: the package that must be importable. When it is not, the report names this peer as
+            absent.
         slow_start: left out, by name, of `--quick` (it compiles for many seconds).
     """
 
@@ -112,8 +114,8 @@ class Case:
         work: mode -> `Work`.
         contenders: name -> `Peer`; the first is the subject.
         grad: names of the inputs that need a gradient.
-        ceiling: which ceiling bounds this case: "copy" (output allocated, as an op does), "copy_" (into a
-            ready buffer, for in-place work), "gemm", "fma" or "none".
+        ceiling: which ceiling bounds this case: "copy" (output allocated, as an op does), "copy_"
+            (into a ready buffer, for in-place work), "gemm", "fma" or "none".
         note: one sentence for the report.
     """
 
@@ -159,8 +161,9 @@ def build_run(
 ) -> Callable[[], Any]:
     """Return a function of no arguments that does one `mode` of `function` and returns its outputs.
 
-    Gradients come back as new tensors (`torch.autograd.grad`), so nothing accumulates between rounds. The
-    upstream gradient of an output that is not a scalar is random, fixed, and made at the first call.
+    Gradients come back as new tensors (`torch.autograd.grad`), so nothing accumulates between
+    rounds. The upstream gradient of an output that is not a scalar is random, fixed, and made at
+    the first call.
     """
     if mode == "forward":
 
@@ -193,11 +196,10 @@ def build_run(
 def bench_cases(cases: Sequence[Case], quick: Sequence[Case]) -> Callable[..., None]:
     """Return a pytest function with one item per case, mode and contender.
 
-    `quick` holds the same jobs at sizes that take milliseconds: `--quick` runs those, to prove in the test
-    suite that the benchmarks work.
+    `quick` holds the same jobs at sizes that take milliseconds: `--quick` runs those, to prove in
+    the test suite that the benchmarks work.
     """
 
-    @pytest.mark.benchmark
     def bench(benchmark: Any, bench_session: Any, case: Case, mode: str, contender: str) -> None:
         bench_session.report_contender(benchmark, case, mode, contender)
 

@@ -1,10 +1,11 @@
 """Peak extra memory of one call, beyond what lived before it and what it returns.
 
-CPU: the kernel's own high-water mark of resident memory. Writing "5" to /proc/self/clear_refs resets VmHWM
-to the present VmRSS (Linux, see proc(5)), so the peak of a single call can be read in this process. Unlike
-a hook in torch's allocator it sees whatever the call touches: a kernel's own scratch, BLAS workspaces,
-buffers of compiled code. `malloc_trim` first hands free heap back, so memory that the allocator kept from
-an earlier call is counted again. Resolution is about 1 MiB; pages never touched are not counted.
+CPU: the kernel's own high-water mark of resident memory. Writing "5" to /proc/self/clear_refs
+resets VmHWM to the present VmRSS (Linux, see proc(5)), so the peak of a single call can be read in
+this process. Unlike a hook in torch's allocator it sees whatever the call touches: a kernel's own
+scratch, BLAS workspaces, buffers of compiled code. `malloc_trim` first hands free heap back, so
+that memory which the allocator kept from an earlier call is counted again. Resolution is about
+1 MiB; pages never touched are not counted.
 
 CUDA: `torch.cuda.max_memory_allocated`, the caching allocator's count.
 """

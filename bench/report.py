@@ -15,26 +15,29 @@ from typing import Any
 from bench import charts, summary
 
 STYLE = """
-body { font: 15px/1.45 system-ui, sans-serif; margin: 2rem auto; max-width: 72rem; padding: 0 1rem; color: #222 }
+body { font: 15px/1.45 system-ui, sans-serif; margin: 2rem auto; max-width: 72rem; padding: 1rem }
 table { border-collapse: collapse; margin: .6rem 0 1.2rem; font-variant-numeric: tabular-nums }
 th, td { padding: .2rem .7rem; border-bottom: 1px solid #ddd; text-align: right }
 th:first-child, td:first-child { text-align: left }
 th { font-weight: 600; border-bottom: 2px solid #999 }
-tr.subject td { font-weight: 600; background: #eef6ee } tr.ceilings td { color: #666; font-style: italic }
+tr.subject td { font-weight: 600; background: #eef6ee }
+tr.ceilings td { color: #666; font-style: italic }
 .met { color: #176b2c } .missed { color: #b00020; font-weight: 700 } .unjudged { color: #8a6d00 }
 pre { background: #f6f6f6; padding: .7rem; overflow-x: auto } img { max-width: 100% }
 """
-METHOD = (
-    "Contenders of a case are timed interleaved (A B C A B C ...) in one process. A time is the median over "
-    "rounds with its quartiles. A ratio is the median of the per-round ratios peer / subject, with "
-    "their quartiles: above 1 means that the subject is faster. GB/s and GFLOP/s divide the case's minimum "
-    "traffic and operations by the median time. Share of ceiling is the ceiling's time / the contender's time, "
-    "per round, against the first ceiling named in the table. Extra memory is the peak of one call beyond "
-    "inputs, outputs and gradients (CPU: the kernel's high-water mark; CUDA: torch's allocator)."
-)
+METHOD = """
+Contenders of a case are timed interleaved (A B C A B C ...) in one process. A time is the median
+over rounds with its quartiles. A ratio is the median of the per-round ratios peer / subject, with
+their quartiles: above 1 means that the subject is faster. GB/s and GFLOP/s divide the case's
+minimum traffic and operations by the median time. Share of ceiling is the ceiling's time / the
+contender's time, per round, against the first ceiling named in the table. Extra memory is the peak
+of one call beyond inputs, outputs and gradients (CPU: the kernel's high-water mark; CUDA: torch's
+allocator).
+"""
 HEADER = (
-    "contender", "median", "quartiles", "rounds", "GB/s", "GFLOP/s", "of ceiling", "ratio", "extra memory",
-)  # fmt: skip
+    *("contender", "median", "quartiles", "rounds", "GB/s", "GFLOP/s"),
+    *("of ceiling", "ratio", "extra memory"),
+)
 
 
 def seconds(value: float) -> str:
@@ -117,7 +120,7 @@ def machine_cells(document: Mapping[str, Any]) -> list[list[str]]:
 
 
 def _columns(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Align text in columns; a row whose tail is empty (an absent contender) sets no widths but its first."""
+    """Align text in columns; the reason of an absent contender may run over them."""
     table = [list(header), *map(list, rows)]
     whole = [row for row in table if row[-1] or len(row) < 4] or table
     widths = [max(len(row[i]) for row in whole) for i in range(len(header))]

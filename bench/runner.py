@@ -1,7 +1,11 @@
 """Times the contenders and ceilings of one case, interleaved: A B C A B C ..., never A A A B B B.
 
-A shared or throttling machine drifts by tens of per cent within a minute. Interleaved, every contender meets
-every state of the machine, and a ratio taken within a round cancels the drift.
+A shared or throttling machine drifts by tens of per cent within a minute. Interleaved, every
+contender meets every state of the machine, and a ratio taken within a round cancels the drift.
+
+Before each timed round a contender runs once untimed (unless a call takes a second or more). What
+the previous contender left behind decides otherwise how much of the heap must be faulted in again:
+the same function, entered twice, differed by a factor of two at 1024 x 1000 without that call.
 """
 
 from __future__ import annotations
@@ -20,13 +24,14 @@ from bench import ceilings, memory
 from bench.harness import CEILINGS, Absent, Case, Peer, build_run
 
 SEED = 2026
-MIN_ROUND = 5e-3  # seconds; a faster call is repeated within a round, to drown the clock's noise
+REWARM = 1.0  # seconds; a faster call runs once untimed before each round
+MIN_ROUND = 10e-3  # seconds; a faster call is repeated within a round, to drown the clock's noise
 FLUSH_BYTES = 256 << 20  # more than the L2 cache of any card so far
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How a session measures. `budget` is seconds per contender: slow ones run in fewer, spread rounds."""
+    """How a session measures; `budget` is seconds per contender, which bounds its rounds."""
 
     device: str = "cpu"
     threads: int = 1
@@ -36,14 +41,14 @@ class Settings:
 
 
 class CpuClock:
-    """Wall-clock seconds of one call, averaged over `iterations`. Outputs are freed after the clock stops."""
+    """Wall-clock seconds of one call, averaged over `iterations`."""
 
     def repeats(self, seconds: float) -> int:
         """Return how many calls make a round long enough to time."""
         return min(1000, max(1, math.ceil(MIN_ROUND / max(seconds, 1e-9))))
 
     def __call__(self, run: Callable[[], Any], iterations: int) -> float:
-        """Time one round; the first output is freed outside it, those of further iterations inside."""
+        """Time one round. Its first output is freed after the clock stops, further ones before."""
         start = time.perf_counter()
         output = run()
         for _ in range(iterations - 1):
@@ -56,8 +61,9 @@ class CpuClock:
 class CudaClock:
     """Seconds on the card between two events, with the L2 cache flushed before every call.
 
-    The flush also keeps the queue busy while the host enqueues the call, so that a short kernel's launch
-    hides behind it as it does in a training step. One call a round: a second one would find a warm cache.
+    The flush also keeps the queue busy while the host enqueues the call, so that a short kernel's
+    launch hides behind it as it does in a training step. One call a round: a second one would find
+    a warm cache.
     """
 
     def __init__(self) -> None:
@@ -106,6 +112,7 @@ class Runner:
     scale: float = 1.0
     iterations: int = 1
     count: int = 1
+    rewarm: bool = False
     times: dict[str, float] = field(default_factory=dict)
 
 
@@ -116,6 +123,8 @@ def interleave(runners: Mapping[str, Runner], rounds: int, clock: Any) -> None:
         for number in range(rounds):
             for name, runner in runners.items():
                 if number in chosen[name]:
+                    if runner.rewarm:
+                        runner.run()
                     seconds = clock(runner.run, runner.iterations)
                     runner.times[str(number)] = seconds * runner.scale
 
@@ -198,11 +207,13 @@ def _calibrate(
 ) -> Runner:
     """Choose repeats within a round and the number of rounds for a call that takes about `seconds`.
 
-    At least 3 rounds, unless a single call costs three times the budget: then 1, and its spread is unknown.
+    At least 3 rounds, unless a single call costs three times the budget: then 1, and its spread is
+    unknown.
     """
-    if seconds < MIN_ROUND:  # the first estimate includes the memory probe; time short calls again
+    if seconds < REWARM:  # the estimate includes the memory probe; time all but slow calls again
         seconds = clock(run, 1)
     iterations = 1 if settings.quick else clock.repeats(seconds)
-    affordable = int(settings.budget / max(seconds * iterations, 1e-9))
+    affordable = int(settings.budget / max(seconds * (iterations + 1), 1e-9))
     least = 3 if seconds < 3 * settings.budget else 1
-    return Runner(run, scale, iterations, min(settings.rounds, max(least, affordable)))
+    count = min(settings.rounds, max(least, affordable))
+    return Runner(run, scale, iterations, count, rewarm=seconds < REWARM)

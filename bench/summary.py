@@ -1,17 +1,20 @@
-"""Arithmetic on raw timings: medians, spreads, ratios, bars. Pure functions, so that tests can feed them.
+"""Arithmetic on raw timings: medians, spreads, ratios, bars. Pure functions, so that tests can feed
+them.
 
-A contender's times are a mapping from round number (as a string, since it lives in JSON) to seconds.
+A contender's times are a mapping from round number (as a string, since it lives in JSON) to
+seconds.
 
-A ratio is the **median of the per-round ratios**, peer / subject, over the rounds in which both ran, and
-its spread is their interquartile range. Contenders are interleaved, so a round sees one state of the machine
-and its drift cancels in the ratio, which it would not in a ratio of two medians.
+A ratio is the **median of the per-round ratios**, peer / subject, over the rounds in which both
+ran, and its spread is their interquartile range. Contenders are interleaved, so a round sees one
+state of the machine and its drift cancels in the ratio, which it would not in a ratio of two
+medians.
 """
 
 from __future__ import annotations
 
 import statistics
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
 Times = Mapping[str, float]
 
@@ -39,9 +42,9 @@ def ratio(peer: Times, subject: Times) -> dict[str, float] | None:
     return spread(values) if values else None
 
 
-def is_measured(entry: Mapping[str, Any] | None) -> bool:
+def is_measured(entry: Mapping[str, Any] | None) -> TypeGuard[Mapping[str, Any]]:
     """Whether a contender or ceiling of a result has timings."""
-    return bool(entry) and entry["status"] == "measured"
+    return entry is not None and entry["status"] == "measured"
 
 
 def find(result: Mapping[str, Any], name: str) -> Mapping[str, Any] | None:
@@ -77,8 +80,9 @@ def rows(result: Mapping[str, Any]) -> list[dict[str, Any]]:
 def bars(result: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Return each promise of a result with what was measured and whether it is met.
 
-    `met` is None when it could not be judged; `why` then says what was missing. A speed bar is judged by
-    the median alone; `firm` tells whether the whole interquartile range is on the same side.
+    `met` is None when it could not be judged; `why` then says what was missing. A speed bar is
+    judged by the median alone; `firm` tells whether the whole interquartile range is on the same
+    side.
     """
     subject, found = subject_of(result), []
     for against, bar in result["bars"].items():

@@ -21,6 +21,11 @@ STABLE_TORCH_LIBRARY(fusee, m) {
   m.def(
       "stablemax_cross_entropy_backward(Tensor grad, Tensor input, Tensor target, Tensor? weight, "
       "Tensor stats, int ignore_index, float label_smoothing, float z_loss) -> Tensor");
+  // Removes from each gradient its component along the weights of its tensor or of its row, in place;
+  // says of each of these whether it had no other component.
+  m.def(
+      "perp_grad_(Tensor[] weights, Tensor(a!)[] grads, bool per_row, bool rescale, "
+      "bool skip_single, float threshold) -> Tensor");
 }
 
 // Called from Python through ctypes, before any engine is loaded.

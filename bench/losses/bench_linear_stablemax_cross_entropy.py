@@ -1,12 +1,14 @@
 """A linear layer and StableMax cross entropy in one, logits never stored.
 
-The chunked path of torch's `linear_cross_entropy` is softmax, but the same job: it is what a user who is
-short of memory picks. Its default on CPU takes 2 rows a chunk at this size and streams the whole weight for
-each (77 s against 6), so larger chunks stand beside it, and the bars hold us to those too.
+The chunked path of torch's `linear_cross_entropy` is softmax, but the same job: it is what a user
+who is short of memory picks. Its default on CPU takes 2 rows a chunk at this size and streams the
+whole weight for each (77 s against 6), so larger chunks stand beside it, and the bars hold us to
+those too.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib
 from typing import Any
 
@@ -28,33 +30,38 @@ def torch_chunked(rows: int | None) -> Any:
     options = torch.nn.LinearCrossEntropyOptions  # given options, the chunked path runs or warns
     chosen = options() if rows is None else options(batch_chunk_size=rows, chunking_method=None)
 
-    def run(input: Tensor, weight: Tensor, target: Tensor) -> Tensor:
-        return F.linear_cross_entropy(input, weight, target, options=chosen)
+    return functools.partial(F.linear_cross_entropy, options=chosen)
+
+
+def torch_materialised(input: Tensor, linear_weight: Tensor, target: Tensor) -> Tensor:
+    """Logits by `F.linear`, then torch's softmax cross entropy."""
+    return F.cross_entropy(F.linear(input, linear_weight), target)
+
+
+def fusee_materialised() -> Any:
+    """Logits by `F.linear`, then our loss."""
+    loss = importlib.import_module("fusee").stablemax_cross_entropy
+
+    def run(input: Tensor, linear_weight: Tensor, target: Tensor) -> Tensor:
+        return loss(F.linear(input, linear_weight), target)
 
     return run
 
 
 def fusee_linear() -> Any:
     """Our fused form."""
-    function = importlib.import_module("fusee").linear_stablemax_cross_entropy
-    return lambda input, weight, target: function(input, weight, target)
-
-
-def materialised() -> Any:
-    """Logits by `F.linear`, then our loss."""
-    function = importlib.import_module("fusee").stablemax_cross_entropy
-    return lambda input, weight, target: function(F.linear(input, weight), target)
+    return importlib.import_module("fusee").linear_stablemax_cross_entropy
 
 
 def case(rows: int, features: int, classes: int, chunk_rows: tuple[int, ...]) -> Case:
-    """Three matrix products of 2 * rows * features * classes each: logits, and the two gradients."""
+    """Three products of 2 * rows * features * classes each: logits, and the two gradients."""
     product = 2 * rows * features * classes
     operands = 4 * (rows * features + classes * features)
 
     def setup(device: str) -> dict[str, Any]:
         return {
             "input": torch.randn(rows, features, device=device),
-            "weight": torch.randn(classes, features, device=device) / features**0.5,
+            "linear_weight": torch.randn(classes, features, device=device) / features**0.5,
             "target": torch.randint(classes, (rows,), device=device),
         }
 
@@ -63,7 +70,7 @@ def case(rows: int, features: int, classes: int, chunk_rows: tuple[int, ...]) ->
         name="linear_stablemax_cross_entropy",
         label=f"{rows} x {features} into {classes} float32",
         setup=setup,
-        grad=("input", "weight"),
+        grad=("input", "linear_weight"),
         ceiling="gemm",
         work={
             "forward+backward": Work(
@@ -80,16 +87,12 @@ def case(rows: int, features: int, classes: int, chunk_rows: tuple[int, ...]) ->
         },
         contenders={
             "fusee": Peer(fusee_linear, requires="fusee"),
-            MATERIALISED: Peer(materialised, requires="fusee"),
-            "F.linear + F.cross_entropy (softmax)": Peer(
-                lambda: (
-                    lambda input, weight, target: F.cross_entropy(F.linear(input, weight), target)
-                )
-            ),
-            **{name: Peer(lambda r=r: torch_chunked(r)) for name, r in chunked.items()},
+            MATERIALISED: Peer(fusee_materialised, requires="fusee"),
+            "F.linear + F.cross_entropy (softmax)": Peer(lambda: torch_materialised),
+            **{name: Peer(functools.partial(torch_chunked, r)) for name, r in chunked.items()},
             CHUNKED.format("default"): Peer(lambda: torch_chunked(None)),
         },
-        note=f"The ceiling is {GEMM}. The logits alone would be {4 * rows * classes / 2**20:.0f} MiB.",
+        note=f"Ceiling: {GEMM}. The logits would take {4 * rows * classes / 2**20:.0f} MiB.",
     )
 
 

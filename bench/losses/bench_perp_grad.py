@@ -2,8 +2,8 @@
 
     a = <w, g> / (<w, w> + eps),   p = g - a w,   g' = p |g| / (|p| + eps)      per tensor
 
-Gradients are rewritten in place in every round. That is safe to repeat: a projected gradient projects to itself.
-The base optimizer does nothing, so the projection alone is timed.
+Gradients are rewritten in place in every round. That is safe to repeat: a projected gradient
+projects to itself. The base optimizer does nothing, so the projection alone is timed.
 """
 
 from __future__ import annotations
@@ -72,13 +72,14 @@ def fusee_perp_grad() -> Any:
 def eager_loop(params: list[Tensor]) -> None:
     """The reference's way: some twelve small operations for each tensor in turn."""
     for param in params:
+        assert param.grad is not None
         w, g = param.data.reshape(-1), param.grad.reshape(-1)
         p = g - torch.dot(w, g) / (torch.dot(w, w) + EPSILON) * w
         param.grad.copy_((p * (g.norm(2) / (p.norm(2) + EPSILON))).view_as(param.grad))
 
 
 def case(shapes: list[tuple[int, ...]], label: str) -> Case:
-    """Two passes: read w and g for the three dots; read both again and write g. Five elements a weight."""
+    """Two passes: read w and g for the three dots; read both, write g: 5 elements a weight."""
     count = sum(torch.Size(shape).numel() for shape in shapes)
 
     def setup(device: str) -> dict[str, Any]:

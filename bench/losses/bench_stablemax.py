@@ -35,7 +35,7 @@ def log_softmax_of_symlog(input: Tensor) -> Tensor:
 
 
 def case(name: str, rows: int, classes: int) -> Case:
-    """Forward: read x, write y (a row fits on chip). Backward: read x and the upstream, write dx."""
+    """Forward: read x, write y (a row fits on chip). Backward: read x, upstream; write dx."""
     n = 4 * rows * classes
     log = name == "log_stablemax"
     eager = eager_log_stablemax if log else eager_stablemax

@@ -1,7 +1,7 @@
 """What a user would write or pick instead of our losses, from the formulas alone.
 
-With s(x) = x + 1 for x >= 0 and 1 / (1 - x) below, log s(x) = sign(x) log(1 + |x|), the "symlog" map; so
-StableMax is the softmax of symlog, and its cross entropy the ordinary one on symlog logits.
+With s(x) = x + 1 for x >= 0 and 1 / (1 - x) below, log s(x) = sign(x) log(1 + |x|), the "symlog"
+map; so StableMax is the softmax of symlog, and its cross entropy the ordinary one on symlog logits.
 """
 
 from __future__ import annotations
@@ -25,23 +25,23 @@ def symlog(x: Tensor) -> Tensor:
     return torch.sign(x) * torch.log1p(torch.abs(x))
 
 
-def eager_float64(logits: Tensor, target: Tensor) -> Tensor:
-    """The form that HRM and TRM train with: everything in float64, log of the ratio, gather, mean."""
-    s = positive_map(logits.to(torch.float64))
+def eager_float64(input: Tensor, target: Tensor) -> Tensor:
+    """The form that HRM and TRM train with: float64, log of the ratio, gather, mean."""
+    s = positive_map(input.to(torch.float64))
     log_probabilities = torch.log(s / s.sum(-1, keepdim=True))
     return -log_probabilities.gather(-1, target.unsqueeze(-1)).squeeze(-1).mean()
 
 
-def symlog_cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
-    """The one-line form, in float32 whatever the logits are (as `cross_entropy(x.float())` is usual)."""
-    return F.cross_entropy(symlog(logits.float()), target)
+def symlog_cross_entropy(input: Tensor, target: Tensor) -> Tensor:
+    """The one-line form, in float32 whatever the dtype of the input."""
+    return F.cross_entropy(symlog(input.float()), target)
 
 
 def compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """Compile `function` for static shapes, from a clean slate.
 
-    Without the reset, the second size of a function would be compiled for dynamic shapes, which is slower
-    and would flatter us.
+    Without the reset, the second size of a function would be compiled for dynamic shapes, which is
+    slower and would flatter us.
     """
     torch.compiler.reset()
     return torch.compile(function, fullgraph=True, dynamic=False)

@@ -16,3 +16,10 @@
 #endif
 
 #define FUSEE_RESTRICT __restrict__
+
+// The dispatch key of the .cu files' operators: the emulated engine serves CPU tensors.
+#if defined(FUSEE_EMULATED)
+#define FUSEE_CUDA_KEY CPU
+#else
+#define FUSEE_CUDA_KEY CUDA
+#endif

@@ -25,7 +25,7 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using Shape = std::vector<int64_t>;
 
-#define FUSEE_CHECK(condition, ...) STD_TORCH_CHECK(condition, __VA_ARGS__)
+#define FUSEE_REQUIRE(condition, ...) STD_TORCH_CHECK(condition, __VA_ARGS__)
 
 // Calls f with a value of the C++ type that stores `type`; every op takes the same four.
 template <typename F>
@@ -42,7 +42,7 @@ auto dispatch_floating(ScalarType type, F&& f) {
     default:
       break;
   }
-  FUSEE_CHECK(false, "expected a float32, float64, float16 or bfloat16 tensor");
+  FUSEE_REQUIRE(false, "expected a float32, float64, float16 or bfloat16 tensor");
   return f(float{});
 }
 

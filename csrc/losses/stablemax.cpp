@@ -35,8 +35,8 @@ void forward(const T* FUSEE_RESTRICT input, const Rows& rows, bool log, T* FUSEE
       }
       if (log) {
         for_each_element(tile, rows.length, [&](int i, int64_t) {
-          return [=, log_sum = log_sums[i]](int64_t, int64_t at) {
-            output[at] = static_cast<T>(symlog(static_cast<A>(input[at])) - log_sum);
+          return [=, normalize = normalizers[i], log_sum = log_sums[i]](int64_t, int64_t at) {
+            output[at] = static_cast<T>(log_share(static_cast<A>(input[at]), normalize, log_sum));
           };
         });
       } else {

@@ -94,6 +94,16 @@ struct Normalizer {
   FUSEE_HOST_DEVICE A operator()(A term) const { return term * unit / total; }
 };
 
+// log(s_j / S). The logarithm of the quotient is right where the share is near one and the logarithms
+// would cancel; their difference is right where the quotient would underflow.
+template <typename A>
+FUSEE_HOST_DEVICE A log_share(A x, const Normalizer<A>& normalize, A log_sum) {
+  const A share = normalize(stable_exp(x));
+  const A quotient = log_nonnegative(share);
+  const A difference = symlog(x) - log_sum;
+  return share < A(1e-30) ? difference : quotient;
+}
+
 // d output / d input of one element, given the row's dot product:
 //   StableMax:      dx_j = s'_j / S (g_j - sum_k g_k y_k)
 //   log StableMax:  dx_j = r_j g_j - s'_j / S sum_k g_k

@@ -174,8 +174,7 @@ void backward_tile(const Problem<T>& p, const Tile& tile, const A* h, const RowS
   RowGradient<A> gradients[kLanes];
   A scale[kLanes];  // of the coefficients: h, and zero in a row without a loss
   for (int i = 0; i < tile.lanes; ++i) {
-    gradients[i] = RowGradient<A>(h[i], stats[i], static_cast<A>(pivots[i].total),
-                                  static_cast<A>(pivots[i].remainder),
+    gradients[i] = RowGradient<A>(h[i], stats[i], pivots[i].total, pivots[i].remainder,
                                   static_cast<A>(p.options.z_loss));
     scale[i] = h[i];
     if (pivots[i].at < 0) {

@@ -9,7 +9,8 @@
 //   d loss / d x_j = r_j (A s_j / S - c_j),   A = K + 2 z log S
 //
 // The form with log1p loses no digits when the target's probability approaches one, where
-// log S - log s_t rounds to zero; the pivot's derivative is written with Q = R / S for the same reason:
+// log S - log s_t rounds to zero; where the pivot holds most of S its derivative is written with
+// Q = R / S for the same reason:
 //
 //   d loss / d x_t = r_t ((K - c_t) - K Q + 2 z log S s_t / S).
 #pragma once
@@ -65,22 +66,27 @@ FUSEE_HOST_DEVICE double z_term(double odds, A x_t, double z_loss) {
   return z_loss * log_sum * log_sum;
 }
 
-// The row's factors in the derivative, with the incoming gradient already multiplied in.
+// The row's factors in the derivative, with the incoming gradient h already multiplied in.
 template <typename A>
 struct RowGradient {
-  A over_sum;  // h A / S
-  A pivot;     // h ((K - c_t) - K Q + 2 z log S s_t / S), times r_t the pivot's derivative
+  A over_sum;      // h A / S
+  A pivot;         // h ((K - c_t) - K Q + 2 z log S s_t / S), times r_t the pivot's derivative
+  A own;           // h c_t
+  bool confident;  // s_t / S > 1/2, where the pivot's derivative cancels unless written with Q
 
   RowGradient() = default;
   // `remainder` is K - c_t, which the caller knows without cancellation.
-  FUSEE_HOST_DEVICE RowGradient(A gradient, const RowStats<A>& stats, A total, A remainder,
+  FUSEE_HOST_DEVICE RowGradient(A h, const RowStats<A>& stats, double total, double remainder,
                                 A z_loss) {
     const A z = z_loss == A(0) ? A(0) : A(2) * z_loss * log_nonnegative(stats.sum);
+    const A k = static_cast<A>(total);
     // A row of the most negative numbers has a subnormal S; kept finite, its quotient times r^2 is 0.
-    const A quotient = gradient * (total + z) / stats.sum;
+    const A quotient = h * (k + z) / stats.sum;
     const A limit = std::numeric_limits<A>::max();
     over_sum = quotient > limit ? limit : quotient < -limit ? -limit : quotient;
-    pivot = gradient * (remainder - total * stats.rest + z * (A(1) - stats.rest));
+    pivot = h * (static_cast<A>(remainder) - k * stats.rest + z * (A(1) - stats.rest));
+    own = h * static_cast<A>(total - remainder);
+    confident = stats.rest < A(0.5);
   }
 
   // d loss / d x_j of an ordinary class; `coefficient` is h c_j.
@@ -88,7 +94,9 @@ struct RowGradient {
     const A r = reciprocal(x);
     return over_sum * stable_exp_derivative(x, r) - coefficient * r;
   }
-  FUSEE_HOST_DEVICE A at_pivot(A x) const { return pivot * reciprocal(x); }
+  FUSEE_HOST_DEVICE A at_pivot(A x) const {
+    return confident ? pivot * reciprocal(x) : at(x, own);
+  }
 };
 
 }  // namespace FUSEE_ENGINE_NAMESPACE

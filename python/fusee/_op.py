@@ -70,7 +70,10 @@ class Op:
     def __call__(self, *args: Any) -> Any:
         if self._function is None:
             return self.overload(*args)
-        if torch.compiler.is_compiling() and not in_functorch_transform():
+        if torch.compiler.is_compiling():
+            if in_functorch_transform():
+                # The registered operator alone would give wrong derivatives here.
+                torch._dynamo.graph_break()
             return self.overload(*args)
         return self._function.apply(*args)
 

@@ -36,43 +36,35 @@ T atomicAdd(T* address, emulator::same<T> value, FUSEE_WHERE) {
 }
 template <typename T>
 T atomicSub(T* address, emulator::same<T> value, FUSEE_WHERE) {
-  return emulator::atomic(
-      address, [&](T old) { return static_cast<T>(old - value); }, where);
+  return emulator::atomic(address, [&](T old) { return static_cast<T>(old - value); }, where);
 }
 template <typename T>
 T atomicMax(T* address, emulator::same<T> value, FUSEE_WHERE) {
-  return emulator::atomic(
-      address, [&](T old) { return old < value ? value : old; }, where);
+  return emulator::atomic(address, [&](T old) { return old < value ? value : old; }, where);
 }
 template <typename T>
 T atomicMin(T* address, emulator::same<T> value, FUSEE_WHERE) {
-  return emulator::atomic(
-      address, [&](T old) { return value < old ? value : old; }, where);
+  return emulator::atomic(address, [&](T old) { return value < old ? value : old; }, where);
 }
 template <typename T>
 T atomicExch(T* address, emulator::same<T> value, FUSEE_WHERE) {
-  return emulator::atomic(
-      address, [&](T) { return value; }, where);
+  return emulator::atomic(address, [&](T) { return value; }, where);
 }
 template <typename T>
 T atomicCAS(T* address, emulator::same<T> expected, emulator::same<T> value, FUSEE_WHERE) {
-  return emulator::atomic(
-      address, [&](T old) { return old == expected ? value : old; }, where);
+  return emulator::atomic(address, [&](T old) { return old == expected ? value : old; }, where);
 }
 template <typename T>
 T atomicAnd(T* address, emulator::same<T> value, FUSEE_WHERE) {
-  return emulator::atomic(
-      address, [&](T old) { return static_cast<T>(old & value); }, where);
+  return emulator::atomic(address, [&](T old) { return static_cast<T>(old & value); }, where);
 }
 template <typename T>
 T atomicOr(T* address, emulator::same<T> value, FUSEE_WHERE) {
-  return emulator::atomic(
-      address, [&](T old) { return static_cast<T>(old | value); }, where);
+  return emulator::atomic(address, [&](T old) { return static_cast<T>(old | value); }, where);
 }
 template <typename T>
 T atomicXor(T* address, emulator::same<T> value, FUSEE_WHERE) {
-  return emulator::atomic(
-      address, [&](T old) { return static_cast<T>(old ^ value); }, where);
+  return emulator::atomic(address, [&](T old) { return static_cast<T>(old ^ value); }, where);
 }
 inline unsigned atomicInc(unsigned* address, unsigned limit, FUSEE_WHERE) {
   return emulator::atomic(

@@ -1,5 +1,5 @@
-// What the emulator's test programs share: named cases, expectations, and buffers that kernels reach
-// (plain memory here, managed memory where a real device runs the same program).
+// What the emulator's test programs share: named cases, expectations, and buffers that kernels
+// reach (plain memory here, managed memory where a real device runs the same program).
 #pragma once
 
 #include <cstdio>
@@ -22,26 +22,26 @@ inline std::map<std::string, Case>& cases() {
 struct Register {
   Register(const char* name, Case run) { cases()[name] = std::move(run); }
 };
-#define CASE(name)                                \
-  static void case_##name();                      \
+#define CASE(name)                                           \
+  static void case_##name();                                 \
   static const Register register_##name(#name, case_##name); \
   static void case_##name()
 
-#define EXPECT(condition)                                                              \
-  do {                                                                                 \
-    if (!(condition)) {                                                                \
-      throw std::logic_error(std::string(#condition " is false at line ") +            \
-                             std::to_string(__LINE__));                                \
-    }                                                                                  \
+#define EXPECT(condition)                                                   \
+  do {                                                                      \
+    if (!(condition)) {                                                     \
+      throw std::logic_error(std::string(#condition " is false at line ") + \
+                             std::to_string(__LINE__));                     \
+    }                                                                       \
   } while (0)
-#define EXPECT_EQUAL(a, b)                                                             \
-  do {                                                                                 \
-    const auto left = (a);                                                             \
-    const auto right = (b);                                                            \
-    if (!(left == right)) {                                                            \
-      throw std::logic_error(std::string(#a " is ") + std::to_string(left) + ", not " + \
+#define EXPECT_EQUAL(a, b)                                                                     \
+  do {                                                                                         \
+    const auto left = (a);                                                                     \
+    const auto right = (b);                                                                    \
+    if (!(left == right)) {                                                                    \
+      throw std::logic_error(std::string(#a " is ") + std::to_string(left) + ", not " +        \
                              std::to_string(right) + ", at line " + std::to_string(__LINE__)); \
-    }                                                                                  \
+    }                                                                                          \
   } while (0)
 
 template <typename T>

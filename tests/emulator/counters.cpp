@@ -1,9 +1,9 @@
 // The counters: what a profiler would say of each kernel.
 //
-// A request is what the lanes of a warp do together at one place of the source. Fibers do not run in
-// step, so lanes are matched by how often each has passed the place since the warp last converged (at
-// a barrier, or at a warp operation of all its live lanes): the third pass of one lane belongs with the
-// third pass of the others.
+// A request is what the lanes of a warp do together at one place of the source. Fibers do not run
+// in step, so lanes are matched by how often each has passed the place since the warp last
+// converged (at a barrier, or at a warp operation of all its live lanes): the third pass of one
+// lane belongs with the third pass of the others.
 #include <algorithm>
 #include <bit>
 #include <map>
@@ -19,8 +19,8 @@ namespace {
 
 struct Stats {
   uint64_t requests = 0;
-  uint64_t bytes = 0;    // different bytes within each request
-  uint64_t sectors = 0;  // global: 32-byte sectors that the requests touch
+  uint64_t bytes = 0;                             // different bytes within each request
+  uint64_t sectors = 0;                           // global: 32-byte sectors that the requests touch
   uint64_t wavefronts = 0, ideal_wavefronts = 0;  // shared: passes through the banks
 
   Stats& operator+=(const Stats& other) {
@@ -143,8 +143,7 @@ std::string quoted(const std::string& text) {
 void print(std::ostream& out, const Record& record, bool with_sites) {
   out << "\"launches\": " << record.launches << ", \"blocks\": " << record.blocks
       << ", \"threads\": " << record.threads << ", \"barriers\": " << record.barriers
-      << ", \"mma\": " << record.mma
-      << ", \"unique_bytes_loaded\": " << record.unique_bytes_loaded
+      << ", \"mma\": " << record.mma << ", \"unique_bytes_loaded\": " << record.unique_bytes_loaded
       << ", \"unique_bytes_stored\": " << record.unique_bytes_stored;
   Stats sums[class_count];
   for (const auto& [key, stats] : record.by_site) sums[key.second] += stats;
@@ -183,8 +182,9 @@ uint32_t site_id(const Where& where, Space space, Kind kind) {
         old.swap(table);
         for (const Slot& each : old) {
           if (each.launch != launch_mark) continue;
-          size_t j = ((reinterpret_cast<uintptr_t>(each.key) >> 3) * 0x9e3779b97f4a7c15ull +
-                      each.kind) >> 20;
+          size_t j =
+              ((reinterpret_cast<uintptr_t>(each.key) >> 3) * 0x9e3779b97f4a7c15ull + each.kind) >>
+              20;
           while (table[j & (table.size() - 1)].launch == launch_mark) ++j;
           table[j & (table.size() - 1)] = each;
         }

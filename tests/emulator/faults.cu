@@ -1,6 +1,6 @@
-// Kernels with a planted fault each, and a clean twin of each: the emulator must report the first and
-// pass the second. The line that carries the fault is marked, and the report must name it. Where a fault
-// lies in two accesses that may come in either order, both lines are marked.
+// Kernels with a planted fault each, and a clean twin of each: the emulator must report the first
+// and pass the second. The line that carries the fault is marked, and the report must name it.
+// Where a fault lies in two accesses that may come in either order, both lines are marked.
 #include "case.h"
 
 using namespace fusee;
@@ -85,7 +85,8 @@ __global__ void dynamic_out_of_bounds(Global<float> out) {
 
 template <bool Faulty>
 __global__ void misaligned_vector(Global<const float> in, Global<float> out) {
-  const auto value = load<4>(in, 4 * (threadIdx.x % 8) + (Faulty ? 2 : 0));  // FAULT misaligned_vector
+  const auto value =
+      load<4>(in, 4 * (threadIdx.x % 8) + (Faulty ? 2 : 0));  // FAULT misaligned_vector
   store(out, threadIdx.x, value[0]);
 }
 
@@ -105,13 +106,13 @@ __global__ void global_write_race(Global<float> out) {
 template <bool Faulty>
 __global__ void global_read_race(Global<float> out) {
   const int64_t i = threadIdx.x + blockIdx.x * blockDim.x;
-  store(out, i, 1.0f);  // FAULT global_read_race
+  store(out, i, 1.0f);                                        // FAULT global_read_race
   if (Faulty) store(out, i, load(out, (i + 64) % (4 * 64)));  // FAULT global_read_race
 }
 
 template <bool Faulty>
 __global__ void atomic_and_plain(Global<float> out) {
-  atomic_add(out, 0, 1.0f);  // FAULT atomic_and_plain
+  atomic_add(out, 0, 1.0f);                             // FAULT atomic_and_plain
   if (Faulty && threadIdx.x == 7) store(out, 0, 0.0f);  // FAULT atomic_and_plain
 }
 
@@ -200,7 +201,7 @@ __global__ void mismatched_masks(Global<float> out) {
 
 template <bool Faulty>
 __global__ void barrier_in_warp_branch(Global<float> out) {
-  if (Faulty && threadIdx.x % 32 < 16) __syncthreads();  // FAULT barrier_in_warp_branch
+  if (Faulty && threadIdx.x % 32 < 16) __syncthreads();        // FAULT barrier_in_warp_branch
   store(out, threadIdx.x, float(__any_sync(0xffffffffu, 1)));  // FAULT barrier_in_warp_branch
 }
 
@@ -292,17 +293,17 @@ struct Program {
 
 // Every kernel gets 64 threads; the arrays that it takes hold 64 elements unless said otherwise.
 #define KERNEL(name) (faulty ? name<true> : name<false>)
-#define PROGRAM(name, ...)                                   \
-  Program {                                                  \
-    #name, [](bool faulty) {                                 \
-      Buffer<float> in(64, 1.0f), out(256, 0.0f);            \
-      Buffer<unsigned> flag(1, 0u);                          \
-      const auto kernel = KERNEL(name);                      \
-      __VA_ARGS__;                                           \
-      static_cast<void>(in);                                 \
-      static_cast<void>(out);                                \
-      static_cast<void>(flag);                               \
-    }                                                        \
+#define PROGRAM(name, ...)                        \
+  Program {                                       \
+    #name, [](bool faulty) {                      \
+      Buffer<float> in(64, 1.0f), out(256, 0.0f); \
+      Buffer<unsigned> flag(1, 0u);               \
+      const auto kernel = KERNEL(name);           \
+      __VA_ARGS__;                                \
+      static_cast<void>(in);                      \
+      static_cast<void>(out);                     \
+      static_cast<void>(flag);                    \
+    }                                             \
   }
 #define OUT fusee::cuda::global(&out[0], 64)
 #define PLAIN(name) PROGRAM(name, launch(kernel, 2 - 1, 64, 0, nullptr, OUT))
@@ -338,8 +339,7 @@ const Program programs[] = {
     FROM_INPUT(copy_before_wait),
     FROM_INPUT(copy_waits_too_little),
     FROM_INPUT(copy_without_barrier),
-    PROGRAM(missing_grid_sync,
-            Buffer<float> data(256, 0.0f);
+    PROGRAM(missing_grid_sync, Buffer<float> data(256, 0.0f);
             launch_cooperative(kernel, 4, 64, 0, nullptr, data.global(), out.global())),
     PLAIN(misaligned_ldmatrix),
 };

@@ -21,9 +21,12 @@
 #include <sanitizer/common_interface_defs.h>
 #endif
 
-#if !defined(__x86_64__) && !defined(__aarch64__)
-#include <ucontext.h>
+// FUSEE_UCONTEXT may be given by the build, to test what other processors get.
+#if !defined(__x86_64__) && !defined(__aarch64__) && !defined(FUSEE_UCONTEXT)
 #define FUSEE_UCONTEXT 1
+#endif
+#if defined(FUSEE_UCONTEXT)
+#include <ucontext.h>
 #endif
 
 namespace emulator {
@@ -48,9 +51,12 @@ void* make_stack() {
 
 }  // namespace
 
-#if defined(__x86_64__)
-// Saves what a call must preserve on the old stack, and takes it from the new one. Control registers
-// of the floating-point units are left alone: kernels change them only between two switches.
+#if defined(FUSEE_UCONTEXT)
+// The C library saves and restores everything.
+#elif defined(__x86_64__)
+// Saves what a call must preserve on the old stack, and takes it from the new one. Control
+// registers of the floating-point units are left alone: kernels change them only between two
+// switches.
 extern "C" void fusee_emulator_switch(void** save, void* load)
     __attribute__((visibility("hidden")));
 asm(R"(

@@ -14,8 +14,9 @@ struct Fiber {
   size_t size = 0;
 };
 
-// Makes a fiber with a stack of its own, ending in a guard page, that runs `entry` when first switched
-// to. `entry` never returns: fibers are used again for the next block, and their stacks with them.
+// Makes a fiber with a stack of its own, ending in a guard page, that runs `entry` when first
+// switched to. `entry` never returns: fibers are used again for the next block, and their stacks
+// with them.
 void make_fiber(Fiber& fiber, void (*entry)());
 void switch_fiber(Fiber& from, Fiber& to);
 // The first thing that `entry` calls.

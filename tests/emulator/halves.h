@@ -1,5 +1,6 @@
-// CUDA's own 16-bit types for the host compiler: conversions, and arithmetic that rounds each result
-// as the hardware does. Kernels keep data as fusee::Half and fusee::BFloat16, which are the same bits.
+// CUDA's own 16-bit types for the host compiler: conversions, and arithmetic that rounds each
+// result as the hardware does. Kernels keep data as fusee::Half and fusee::BFloat16, which are the
+// same bits.
 #pragma once
 
 #include <bit>
@@ -121,20 +122,20 @@ inline __nv_bfloat162 __floats2bfloat162_rn(float x, float y) {
 }
 inline float2 __bfloat1622float2(__nv_bfloat162 value) { return {float(value.x), float(value.y)}; }
 
-#define FUSEE_HALF_ARITHMETIC(H, H2)                                                            \
-  inline H __hadd(H a, H b) { return a + b; }                                                    \
-  inline H __hsub(H a, H b) { return a - b; }                                                    \
-  inline H __hmul(H a, H b) { return a * b; }                                                    \
-  inline H __hdiv(H a, H b) { return a / b; }                                                    \
-  inline H __hneg(H a) { return -a; }                                                            \
-  inline H __habs(H a) { return H::from_bits(static_cast<uint16_t>(a.x & 0x7fffu)); }            \
-  inline H __hmax(H a, H b) { return H(std::fmax(float(a), float(b))); }                         \
-  inline H __hmin(H a, H b) { return H(std::fmin(float(a), float(b))); }                         \
-  inline H __hfma(H a, H b, H c) { return emulator::half_fma(a, b, c); }                         \
-  inline bool __hisnan(H a) { return float(a) != float(a); }                                     \
-  inline H2 __hadd2(H2 a, H2 b) { return a + b; }                                                \
-  inline H2 __hsub2(H2 a, H2 b) { return a - b; }                                                \
-  inline H2 __hmul2(H2 a, H2 b) { return a * b; }                                                \
+#define FUSEE_HALF_ARITHMETIC(H, H2)                                                  \
+  inline H __hadd(H a, H b) { return a + b; }                                         \
+  inline H __hsub(H a, H b) { return a - b; }                                         \
+  inline H __hmul(H a, H b) { return a * b; }                                         \
+  inline H __hdiv(H a, H b) { return a / b; }                                         \
+  inline H __hneg(H a) { return -a; }                                                 \
+  inline H __habs(H a) { return H::from_bits(static_cast<uint16_t>(a.x & 0x7fffu)); } \
+  inline H __hmax(H a, H b) { return H(std::fmax(float(a), float(b))); }              \
+  inline H __hmin(H a, H b) { return H(std::fmin(float(a), float(b))); }              \
+  inline H __hfma(H a, H b, H c) { return emulator::half_fma(a, b, c); }              \
+  inline bool __hisnan(H a) { return float(a) != float(a); }                          \
+  inline H2 __hadd2(H2 a, H2 b) { return a + b; }                                     \
+  inline H2 __hsub2(H2 a, H2 b) { return a - b; }                                     \
+  inline H2 __hmul2(H2 a, H2 b) { return a * b; }                                     \
   inline H2 __hfma2(H2 a, H2 b, H2 c) { return {__hfma(a.x, b.x, c.x), __hfma(a.y, b.y, c.y)}; }
 FUSEE_HALF_ARITHMETIC(__half, __half2)
 FUSEE_HALF_ARITHMETIC(__nv_bfloat16, __nv_bfloat162)

@@ -1,7 +1,8 @@
 // Integer and floating-point intrinsics under CUDA's names.
 //
 // Directed rounding is the processor's own: the operation runs between two writes of its control
-// register, with its operands and its result pinned there, so overflow and subnormals are right too.
+// register, with its operands and its result pinned there, so overflow and subnormals are right
+// too.
 #pragma once
 
 #include <bit>
@@ -63,13 +64,12 @@ inline auto rounded(F&& f, T... operands) {
 
 }  // namespace emulator
 
-#define FUSEE_ROUNDED(name, Result, expression, ...)                            \
-  inline Result name##_rn(__VA_ARGS__) { return expression(FE_TONEAREST); }      \
-  inline Result name##_rd(__VA_ARGS__) { return expression(FE_DOWNWARD); }       \
-  inline Result name##_ru(__VA_ARGS__) { return expression(FE_UPWARD); }         \
+#define FUSEE_ROUNDED(name, Result, expression, ...)                        \
+  inline Result name##_rn(__VA_ARGS__) { return expression(FE_TONEAREST); } \
+  inline Result name##_rd(__VA_ARGS__) { return expression(FE_DOWNWARD); }  \
+  inline Result name##_ru(__VA_ARGS__) { return expression(FE_UPWARD); }    \
   inline Result name##_rz(__VA_ARGS__) { return expression(FE_TOWARDZERO); }
-#define FUSEE_BINARY(mode, op) \
-  emulator::rounded<mode>([](auto x, auto y) { return x op y; }, a, b)
+#define FUSEE_BINARY(mode, op) emulator::rounded<mode>([](auto x, auto y) { return x op y; }, a, b)
 #define FUSEE_ADD(mode) FUSEE_BINARY(mode, +)
 #define FUSEE_SUB(mode) FUSEE_BINARY(mode, -)
 #define FUSEE_MUL(mode) FUSEE_BINARY(mode, *)
@@ -78,7 +78,8 @@ inline auto rounded(F&& f, T... operands) {
   emulator::rounded<mode>([](auto x, auto y, auto z) { return std::fma(x, y, z); }, a, b, c)
 #define FUSEE_RCP(mode) emulator::rounded<mode>([](auto x) { return decltype(x)(1) / x; }, a)
 #define FUSEE_SQRT(mode) emulator::rounded<mode>([](auto x) { return std::sqrt(x); }, a)
-#define FUSEE_TO_FLOAT(mode) emulator::rounded<mode>([](auto x) { return static_cast<float>(x); }, a)
+#define FUSEE_TO_FLOAT(mode) \
+  emulator::rounded<mode>([](auto x) { return static_cast<float>(x); }, a)
 #define FUSEE_TO_DOUBLE(mode) \
   emulator::rounded<mode>([](auto x) { return static_cast<double>(x); }, a)
 FUSEE_ROUNDED(__fadd, float, FUSEE_ADD, float a, float b)
@@ -126,10 +127,10 @@ To saturate(From value) {
   return static_cast<To>(value);
 }
 }  // namespace emulator
-#define FUSEE_TO_INTEGER(name, From, To)                                                       \
-  inline To name##_rn(From value) { return emulator::saturate<To>(std::nearbyint(value)); }      \
-  inline To name##_rd(From value) { return emulator::saturate<To>(std::floor(value)); }          \
-  inline To name##_ru(From value) { return emulator::saturate<To>(std::ceil(value)); }           \
+#define FUSEE_TO_INTEGER(name, From, To)                                                    \
+  inline To name##_rn(From value) { return emulator::saturate<To>(std::nearbyint(value)); } \
+  inline To name##_rd(From value) { return emulator::saturate<To>(std::floor(value)); }     \
+  inline To name##_ru(From value) { return emulator::saturate<To>(std::ceil(value)); }      \
   inline To name##_rz(From value) { return emulator::saturate<To>(std::trunc(value)); }
 FUSEE_TO_INTEGER(__float2int, float, int)
 FUSEE_TO_INTEGER(__float2uint, float, unsigned)
@@ -177,7 +178,9 @@ T __ldg(const T* address) {
 
 inline float rsqrtf(float value) { return 1.0f / std::sqrt(value); }
 inline double rsqrt(double value) { return 1.0 / std::sqrt(value); }
-inline float __saturatef(float value) { return value > 0.0f ? (value < 1.0f ? value : 1.0f) : 0.0f; }
+inline float __saturatef(float value) {
+  return value > 0.0f ? (value < 1.0f ? value : 1.0f) : 0.0f;
+}
 inline float __fdividef(float a, float b) { return a / b; }
 inline float __frsqrt_rn(float value) {
   return static_cast<float>(1.0 / std::sqrt(static_cast<double>(value)));
@@ -192,8 +195,8 @@ inline float __frsqrt_rn(float value) {
 #define __sinf(value) std::sin(static_cast<float>(value))
 #define __cosf(value) std::cos(static_cast<float>(value))
 
-#define FUSEE_MIN_MAX(T)                                    \
-  inline T min(T a, T b) { return b < a ? b : a; }          \
+#define FUSEE_MIN_MAX(T)                           \
+  inline T min(T a, T b) { return b < a ? b : a; } \
   inline T max(T a, T b) { return a < b ? b : a; }
 FUSEE_MIN_MAX(int)
 FUSEE_MIN_MAX(unsigned)

@@ -1,10 +1,10 @@
 // The race check: who touched each element of memory last, and whether that was ordered before now.
 //
-// Every access leaves a stamp: block, thread, and the thread's clock, which counts synchronisations.
-// An older access is ordered before the present one if the block has passed a barrier since (its
-// clock is under the block's floor), if __syncwarp ordered it (Warp::seen), or, between blocks, after
-// a grid barrier or an atomic that followed a fence. Anything else that conflicts is a race. Shuffles
-// and votes order nothing: CUDA does not promise that they do.
+// Every access leaves a stamp: block, thread, and the thread's clock, which counts
+// synchronisations. An older access is ordered before the present one if the block has passed a
+// barrier since (its clock is under the block's floor), if __syncwarp ordered it (Warp::seen), or,
+// between blocks, after a grid barrier or an atomic that followed a fence. Anything else that
+// conflicts is a race. Shuffles and votes order nothing: CUDA does not promise that they do.
 #include <algorithm>
 #include <array>
 
@@ -38,8 +38,8 @@ struct Cell {
   uint8_t touched = 0;  // 1: loaded, 2: stored in this launch
 };
 
-// The cells of one stretch of memory, one for each 2^shift bytes: the size of the smallest element that
-// was accessed there, so that neighbouring elements are never taken for one another.
+// The cells of one stretch of memory, one for each 2^shift bytes: the size of the smallest element
+// that was accessed there, so that neighbouring elements are never taken for one another.
 constexpr uintptr_t page_bytes = 1024;
 struct Page {
   uint32_t first_serial = 0;
@@ -118,10 +118,14 @@ std::string author(Stamp stamp) {
 const char* noun(Space space) { return space == Space::global ? "global" : "shared"; }
 const char* noun(Kind kind) {
   switch (kind) {
-    case Kind::load: return "load";
-    case Kind::store: return "store";
-    case Kind::atomic: return "atomic";
-    case Kind::async_copy: return "cp.async";
+    case Kind::load:
+      return "load";
+    case Kind::store:
+      return "store";
+    case Kind::atomic:
+      return "atomic";
+    case Kind::async_copy:
+      return "cp.async";
   }
   return "";
 }
@@ -129,7 +133,7 @@ const char* noun(Kind kind) {
 [[noreturn]] void race(Space space, Kind kind, const char* earlier, Stamp stamp, uint16_t site,
                        const Where& where) {
   fault(std::string(noun(space)) + " memory race: " + noun(kind) + ", not ordered after the " +
-            earlier + " by " + author(stamp) + " at " + place(site_where(site)),
+            earlier + " by " + author(stamp) + " (" + place(site_where(site)) + ")",
         where);
 }
 
@@ -139,8 +143,8 @@ void check_cell(Cell& cell, Space space, Kind kind, Stamp me, uint16_t site, uin
   const bool in_block = serial_of(cell.write) == thread.block->serial;
   if (in_block && (cell.write & asynchronous) != 0) {
     fault(std::string("cp.async data used before its wait: ") + noun(kind) +
-              " of shared memory that the copy at " + place(site_where(cell.write_site)) + " by " +
-              author(cell.write) + " is still to fill",
+              " of shared memory that the copy by " + author(cell.write) + " (" +
+              place(site_where(cell.write_site)) + ") is still to fill",
           where);
   }
   const bool both_atomic = kind == Kind::atomic && (cell.write & atomically) != 0;
@@ -151,7 +155,7 @@ void check_cell(Cell& cell, Space space, Kind kind, Stamp me, uint16_t site, uin
   if (space == Space::shared && !in_block && check_initialised &&
       (kind == Kind::load || kind == Kind::atomic)) {
     fault(std::string("uninitialised shared memory: ") + noun(kind) +
-              " of an element that this block has not stored",
+              " of an element that this block has not stored yet",
           where);
   }
   if (kind == Kind::load) {
@@ -186,7 +190,8 @@ void check_cells(Space space, Kind kind, Stamp me, const void* memory, uint32_t 
   Page& page = page_of(address, shift);
   const uint32_t last = static_cast<uint32_t>((address % page_bytes + bytes - 1) >> page.shift);
   for (auto i = static_cast<uint32_t>((address % page_bytes) >> page.shift); i <= last; ++i) {
-    check_cell(page.cells[i], space, kind, me, static_cast<uint16_t>(site), 1u << page.shift, where);
+    check_cell(page.cells[i], space, kind, me, static_cast<uint16_t>(site), 1u << page.shift,
+               where);
   }
 }
 
@@ -211,7 +216,7 @@ Space space_of(const void* address) {
 
 void access(Space space, Kind kind, const void* address, uint32_t bytes, uint32_t element,
             const Where& where) {
-  if (!in_kernel()) return;
+  if (current == nullptr) return;
   check_alignment(space, kind, address, bytes, where);
   const uint32_t site = site_id(where, space, kind);
   Stamp me = own_stamp();
@@ -234,12 +239,13 @@ void out_of_bounds(Space space, Kind kind, int64_t index, int64_t count, int64_t
         where);
 }
 
-// ---- order between blocks ---------------------------------------------------------------------------
+// ---- order between blocks
+// ---------------------------------------------------------------------------
 
 void fence() { current->published = ++current->clock; }
 
-// An atomic after a fence publishes what this thread and, up to its last barrier, its block have done,
-// to whoever does an atomic on the same address later.
+// An atomic after a fence publishes what this thread and, up to its last barrier, its block have
+// done, to whoever does an atomic on the same address later.
 void publish_and_acquire(const void* address) {
   Thread& thread = *current;
   auto found = variables.find(address);
@@ -262,7 +268,8 @@ void publish_and_acquire(const void* address) {
   entries.push_back(entry);
 }
 
-// ---- shared memory ----------------------------------------------------------------------------------
+// ---- shared memory
+// ----------------------------------------------------------------------------------
 
 void* static_shared(const void* key, size_t bytes, const Where& where) {
   Block& block = *current->block;
@@ -296,7 +303,8 @@ void* dynamic_shared(size_t offset, size_t bytes, size_t alignment, const Where&
   return current->block->shared.get() + offset;
 }
 
-// ---- cp.async ---------------------------------------------------------------------------------------
+// ---- cp.async
+// ---------------------------------------------------------------------------------------
 
 void async_copy(void* to, const void* from, uint32_t bytes, uint32_t valid, uint32_t element,
                 const Where& where) {
@@ -341,7 +349,8 @@ void async_wait(unsigned groups_left, const Where& where) {
   copies.resize(kept);
 }
 
-// ---- the launch's beginning and end -------------------------------------------------------------------
+// ---- the launch's beginning and end
+// -------------------------------------------------------------------
 
 void begin_memory() { variables.clear(); }
 

@@ -1,4 +1,5 @@
-// The scheduler: runs a launch's blocks, their threads in random order, and reports what went wrong.
+// The scheduler: runs a launch's blocks, their threads in random order, and reports what went
+// wrong.
 #include <algorithm>
 #include <cstdlib>
 #include <mutex>
@@ -22,6 +23,7 @@ Fiber caller;
 uint64_t seed = 0;
 uint64_t launch_number = 0;
 bool seeded = false;
+thread_local bool running = false;  // whether this process thread is inside `run`
 
 uint64_t mix(uint64_t x) {
   x += 0x9e3779b97f4a7c15ull;
@@ -89,13 +91,12 @@ void exit_thread(Thread& thread) {
   // Those who wait for this thread would wait for ever.
   if (block.at_barrier + block.at_grid_barrier == 0 && thread.warp->open.empty()) return;
   for (const auto& other : block.threads) {
-    const bool waits = other->state == State::at_barrier || other->state == State::at_grid_barrier ||
-                       (other->state == State::in_warp && other->warp == thread.warp &&
-                        std::any_of(other->warp->open.begin(), other->warp->open.end(),
-                                    [&](const Exchange* e) {
-                                      return (e->arrived >> other->lane & 1) != 0 &&
-                                             (e->mask >> thread.lane & 1) != 0;
-                                    }));
+    const bool waits =
+        other->state == State::at_barrier || other->state == State::at_grid_barrier ||
+        (other->state == State::in_warp && other->warp == thread.warp &&
+         std::any_of(other->warp->open.begin(), other->warp->open.end(), [&](const Exchange* e) {
+           return (e->arrived >> other->lane & 1) != 0 && (e->mask >> thread.lane & 1) != 0;
+         }));
     if (waits) {
       record(std::string(other->waits_for) + " can never complete: " + describe(thread) +
                  " has exited, while this thread waits",
@@ -185,15 +186,16 @@ void report_deadlock() {
         first = thread.get();
         continue;
       }
-      const std::string line = std::string(thread->waits_for) + " at " + place(thread->where);
-      if (line == std::string(first->waits_for) + " at " + place(first->where)) continue;
+      const std::string line = std::string(thread->waits_for) + " (" + place(thread->where) + ")";
+      if (line == std::string(first->waits_for) + " (" + place(first->where) + ")") continue;
       if (others.find(line) == std::string::npos) {
         others += "; " + describe(*thread) + " waits in " + line;
       }
     }
     if (first != nullptr) {
-      record("deadlock, no thread can go on" + others + "; this thread waits in " + first->waits_for,
-             first->where, first);
+      record(
+          "deadlock, no thread can go on" + others + "; this thread waits in " + first->waits_for,
+          first->where, first);
       return;
     }
   }
@@ -249,7 +251,7 @@ uint64_t random_number() {
   return x >> 11;
 }
 
-bool in_kernel() { return current != nullptr; }
+bool in_kernel() { return running && current != nullptr; }
 unsigned lane() { return current->lane; }
 
 std::string place(const Where& where) {
@@ -285,7 +287,7 @@ void make_ready(Thread& thread) {
 }
 
 void maybe_yield(const Where& where) {
-  if (++run_state.idle_atomics > (1u << 26)) {
+  if (++run_state.idle_atomics > (1u << 24)) {
     fault("no progress: threads only repeat atomics (a block cannot wait for another block here)",
           where);
   }
@@ -302,12 +304,15 @@ int cooperative_blocks(unsigned threads) {
 }
 
 void run(const Launch& launch) {
-  const uint64_t threads =
-      static_cast<uint64_t>(launch.block.x) * launch.block.y * launch.block.z;
+  const uint64_t threads = static_cast<uint64_t>(launch.block.x) * launch.block.y * launch.block.z;
   const uint64_t blocks = static_cast<uint64_t>(launch.grid.x) * launch.grid.y * launch.grid.z;
-  if (in_kernel()) throw std::runtime_error("a kernel cannot launch another in the emulator");
+  if (running) throw std::runtime_error("a kernel cannot launch another in the emulator");
   if (blocks == 0) return;
   const std::lock_guard<std::mutex> lock(launches);
+  running = true;
+  struct Stopped {
+    ~Stopped() { running = false; }
+  } stopped;
   check_shape(launch, threads);
   if (!seeded) {
     const char* const text = std::getenv("FUSEE_EMULATOR_SEED");

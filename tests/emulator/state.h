@@ -69,7 +69,8 @@ struct Warp {
   std::vector<Exchange*> open;
   std::vector<std::unique_ptr<Exchange>> pool;
   std::vector<Exchange*> idle;
-  // seen[a][b]: the clock of lane b up to which __syncwarp has ordered its accesses before lane a's.
+  // seen[a][b]: the clock of lane b up to which __syncwarp has ordered its accesses before lane
+  // a's.
   uint32_t seen[32][32];
   // Requests by site, of the present period between convergences.
   std::vector<std::vector<Request>> requests;

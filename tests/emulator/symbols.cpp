@@ -1,5 +1,5 @@
-// A kernel's name from its address. Kernels have hidden or internal linkage, so the dynamic symbols do
-// not know them; the symbol table of the file does, unless it was stripped.
+// A kernel's name from its address. Kernels have hidden or internal linkage, so the dynamic symbols
+// do not know them; the symbol table of the file does, unless it was stripped.
 #include <cxxabi.h>
 #if defined(__linux__)
 #include <elf.h>
@@ -29,7 +29,8 @@ std::unordered_map<uintptr_t, std::string> read_symbols(const char* path) {
     return static_cast<bool>(file);
   };
   Elf64_Ehdr header;
-  if (!read(0, &header, sizeof(header)) || memcmp(header.e_ident, ELFMAG, SELFMAG) != 0) return names;
+  if (!read(0, &header, sizeof(header)) || memcmp(header.e_ident, ELFMAG, SELFMAG) != 0)
+    return names;
   std::vector<Elf64_Shdr> sections(header.e_shnum);
   if (!read(header.e_shoff, sections.data(), sections.size() * sizeof(Elf64_Shdr))) return names;
   for (const Elf64_Shdr& section : sections) {

@@ -26,8 +26,8 @@ inline void __threadfence_system() { emulator::fence(); }
 inline void __threadfence_block() {}
 inline void __nanosleep(unsigned) {}
 
-// CUDA promises no more about this mask than that the lane itself is in it, so this is all it holds:
-// a kernel that is right for every answer is right for this one.
+// CUDA promises no more about this mask than that the lane itself is in it, so this is all it
+// holds: a kernel that is right for every answer is right for this one.
 inline unsigned __activemask() { return 1u << emulator::lane(); }
 
 namespace emulator {
@@ -65,7 +65,8 @@ T shuffle(const char* name, unsigned mask, T value, unsigned source, const Where
 
 }  // namespace emulator
 
-// A source lane outside the segment of `width` lanes leaves the lane with its own value, as PTX says.
+// A source lane outside the segment of `width` lanes leaves the lane with its own value, as PTX
+// says.
 template <typename T>
 T __shfl_sync(unsigned mask, T value, int source, int width = 32, FUSEE_WHERE) {
   emulator::check_width("__shfl_sync", width, where);
@@ -141,15 +142,14 @@ unsigned __match_any_sync(unsigned mask, T value, FUSEE_WHERE) {
 template <typename T>
 unsigned __match_all_sync(unsigned mask, T value, int* predicate, FUSEE_WHERE) {
   const unsigned equal =
-      emulator::lanes_where("__match_all_sync", mask, value, where, [&](const T& other) {
-        return memcmp(&other, &value, sizeof(T)) == 0;
-      });
+      emulator::lanes_where("__match_all_sync", mask, value, where,
+                            [&](const T& other) { return memcmp(&other, &value, sizeof(T)) == 0; });
   *predicate = equal == mask;
   return equal == mask ? mask : 0;
 }
-#define FUSEE_REDUCE(name, T, expression)                                       \
-  inline T name(unsigned mask, T value, FUSEE_WHERE) {                          \
-    return emulator::reduce(#name, mask, value, where,                          \
+#define FUSEE_REDUCE(name, T, expression)                                         \
+  inline T name(unsigned mask, T value, FUSEE_WHERE) {                            \
+    return emulator::reduce(#name, mask, value, where,                            \
                             [](T a, T b) { return static_cast<T>(expression); }); \
   }
 FUSEE_REDUCE(__reduce_add_sync, unsigned, a + b)
@@ -158,7 +158,7 @@ FUSEE_REDUCE(__reduce_min_sync, unsigned, a < b ? a : b)
 FUSEE_REDUCE(__reduce_min_sync, int, a < b ? a : b)
 FUSEE_REDUCE(__reduce_max_sync, unsigned, a < b ? b : a)
 FUSEE_REDUCE(__reduce_max_sync, int, a < b ? b : a)
-FUSEE_REDUCE(__reduce_and_sync, unsigned, a & b)
+FUSEE_REDUCE(__reduce_and_sync, unsigned, a& b)
 FUSEE_REDUCE(__reduce_or_sync, unsigned, a | b)
 FUSEE_REDUCE(__reduce_xor_sync, unsigned, a ^ b)
 #undef FUSEE_REDUCE

@@ -15,11 +15,12 @@ namespace fusee {
 inline namespace FUSEE_ENGINE_NAMESPACE {
 namespace cuda {
 
-// ---- ldmatrix: N 8x8 matrices of 2-byte elements from shared memory -------------------------------
+// ---- ldmatrix: N 8x8 matrices of 2-byte elements from shared memory
+// -------------------------------
 //
-// Lane i gives the index of row i % 8 of matrix i / 8, which must be 16-byte aligned; with fewer than
-// four matrices the indices of the lanes above 8 N are not used. Register m of lane (g, t) gets
-// elements (g, 2t) and (g, 2t+1) of matrix m, or of its transpose.
+// Lane i gives the index of row i % 8 of matrix i / 8, which must be 16-byte aligned; with fewer
+// than four matrices the indices of the lanes above 8 N are not used. Register m of lane (g, t)
+// gets elements (g, 2t) and (g, 2t+1) of matrix m, or of its transpose.
 
 #if defined(FUSEE_EMULATED)
 namespace detail {
@@ -94,7 +95,8 @@ FUSEE_DEVICE void ldmatrix_trans(uint32_t (&registers)[N], const Shared<T>& tile
 #endif
 }
 
-// ---- mma.sync: d += a b with float accumulators -----------------------------------------------------
+// ---- mma.sync: d += a b with float accumulators
+// -----------------------------------------------------
 
 // The bits of a float rounded to TF32 (to nearest, ties away from zero), as cvt.rna does.
 FUSEE_DEVICE uint32_t to_tf32(float value) {
@@ -182,20 +184,21 @@ FUSEE_DEVICE void mma_m16n8k8_tf32(float (&d)[4], const uint32_t (&a)[4],
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 #elif defined(FUSEE_EMULATED)
   detail::emulated_mma<8>(
-      d, a, b,
-      [](uint32_t word, unsigned) { return fusee::bit_cast<float>(word & 0xffffe000u); }, where);
+      d, a, b, [](uint32_t word, unsigned) { return fusee::bit_cast<float>(word & 0xffffe000u); },
+      where);
 #endif
 }
 
-// ---- cp.async: global to shared without registers --------------------------------------------------
+// ---- cp.async: global to shared without registers
+// --------------------------------------------------
 
 // Copies N elements (4, 8 or 16 bytes); the first `valid` of them come from memory and the others
 // become zeros. With none valid, `from_index` may lie anywhere: it is not read. The bytes are there
 // after the `cp_async_wait_group` that covers them, for the thread that issued the copy; for the
 // other threads after a barrier that follows it.
 template <int N, typename T, typename U>
-FUSEE_DEVICE void cp_async(const Shared<T>& to, int64_t to_index, Global<U> from, int64_t from_index,
-                           int valid = N FUSEE_SITE) {
+FUSEE_DEVICE void cp_async(const Shared<T>& to, int64_t to_index, Global<U> from,
+                           int64_t from_index, int valid = N FUSEE_SITE) {
   static_assert(std::is_same_v<std::remove_const_t<U>, T>);
   constexpr int bytes = N * static_cast<int>(sizeof(T));
   static_assert(bytes == 4 || bytes == 8 || bytes == 16);

@@ -41,20 +41,19 @@ void launch(void (*kernel)(P...), const Grid& grid, dim3 block, size_t dynamic_s
             bool cooperative, A&&... args) {
   using Call = std::pair<void (*)(P...), std::tuple<std::decay_t<P>...>>;
   const Call call(kernel, std::tuple<std::decay_t<P>...>(std::forward<A>(args)...));
-  ::emulator::Launch launch{
-      reinterpret_cast<const void*>(kernel),
-      {grid.size.x, grid.size.y, grid.size.z},
-      {block.x, block.y, block.z},
-      dynamic_shared_bytes,
-      cooperative,
-      grid.where,
-      [](const void* closure) {
-        const Call& made = *static_cast<const Call*>(closure);
-        // Each thread has its own copy of the parameters.
-        auto parameters = made.second;
-        std::apply(made.first, parameters);
-      },
-      &call};
+  ::emulator::Launch launch{reinterpret_cast<const void*>(kernel),
+                            {grid.size.x, grid.size.y, grid.size.z},
+                            {block.x, block.y, block.z},
+                            dynamic_shared_bytes,
+                            cooperative,
+                            grid.where,
+                            [](const void* closure) {
+                              const Call& made = *static_cast<const Call*>(closure);
+                              // Each thread has its own copy of the parameters.
+                              auto parameters = made.second;
+                              std::apply(made.first, parameters);
+                            },
+                            &call};
   ::emulator::run(launch);
 }
 }  // namespace detail
@@ -164,8 +163,8 @@ int cooperative_blocks(void (*kernel)(P...), int threads, size_t dynamic_shared_
   const void* const function = reinterpret_cast<const void*>(kernel);
   detail::allow_dynamic_shared(function, dynamic_shared_bytes);
   int blocks = 0;
-  const cudaError_t error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, function, threads,
-                                                                          dynamic_shared_bytes);
+  const cudaError_t error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(
+      &blocks, function, threads, dynamic_shared_bytes);
   if (error != cudaSuccess) detail::launch_failed(function, "find the occupancy of", error);
   return blocks * multiprocessor_count();
 }

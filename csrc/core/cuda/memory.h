@@ -65,8 +65,8 @@ inline constexpr int vector_width = 16 / static_cast<int>(sizeof(T));
 
 namespace detail {
 
-// The hardware's own type of each access size. Structures of small elements would not reliably move as
-// one access, these do.
+// The hardware's own type of each access size. Structures of small elements would not reliably move
+// as one access, these do.
 template <size_t Bytes>
 struct Word;
 template <>
@@ -145,43 +145,45 @@ FUSEE_DEVICE void store_word(void* address, const V& value) {
 
 }  // namespace detail
 
-// load: plain. load_streaming: read once, evict first. load_readonly: nothing in this launch writes it.
-// `index` counts elements; the address of a vector must be a multiple of the vector's size.
+// load: plain. load_streaming: read once, evict first. load_readonly: nothing in this launch writes
+// it. `index` counts elements; the address of a vector must be a multiple of the vector's size.
 #if defined(FUSEE_EMULATED)
 #define FUSEE_CHECK(kind, memory, index, count) \
   detail::check(::emulator::Kind::kind, memory, index, count, where)
 #else
 #define FUSEE_CHECK(kind, memory, index, count) static_cast<void>(0)
 #endif
-#define FUSEE_LOAD(name, hint)                                                                \
-  template <typename T>                                                                       \
-  FUSEE_DEVICE std::remove_const_t<T> name(Global<T> memory, int64_t index FUSEE_SITE) {      \
-    FUSEE_CHECK(load, memory, index, 1);                                                      \
-    return detail::load_word<std::remove_const_t<T>, detail::Hint::hint>(memory.data + index); \
-  }                                                                                           \
-  template <int N, typename T>                                                                \
-  FUSEE_DEVICE Vector<std::remove_const_t<T>, N> name(Global<T> memory,                       \
-                                                      int64_t index FUSEE_SITE) {             \
-    FUSEE_CHECK(load, memory, index, N);                                                      \
-    return detail::load_word<Vector<std::remove_const_t<T>, N>, detail::Hint::hint>(          \
-        memory.data + index);                                                                 \
+#define FUSEE_LOAD(name, hint)                                                                    \
+  template <typename T>                                                                           \
+  FUSEE_DEVICE std::remove_const_t<T> name(Global<T> memory, int64_t index FUSEE_SITE) {          \
+    FUSEE_CHECK(load, memory, index, 1);                                                          \
+    return detail::load_word<std::remove_const_t<T>, detail::Hint::hint>(memory.data + index);    \
+  }                                                                                               \
+  template <int N, typename T>                                                                    \
+  FUSEE_DEVICE Vector<std::remove_const_t<T>, N> name(Global<T> memory,                           \
+                                                      int64_t index FUSEE_SITE) {                 \
+    FUSEE_CHECK(load, memory, index, N);                                                          \
+    return detail::load_word<Vector<std::remove_const_t<T>, N>, detail::Hint::hint>(memory.data + \
+                                                                                    index);       \
   }
 FUSEE_LOAD(load, none)
 FUSEE_LOAD(load_streaming, streaming)
 FUSEE_LOAD(load_readonly, read_only)
 #undef FUSEE_LOAD
 
-#define FUSEE_STORE(name, hint)                                                                 \
-  template <typename T>                                                                         \
-  FUSEE_DEVICE void name(Global<T> memory, int64_t index,                                       \
-                         const std::type_identity_t<T>& value FUSEE_SITE) {                     \
-    FUSEE_CHECK(store, memory, index, 1);                                                       \
-    detail::store_word<detail::Hint::hint>(memory.data + index, value);                         \
-  }                                                                                             \
-  template <typename T, int N>                                                                  \
+#define FUSEE_STORE(name, hint)                                                                   \
+  template <typename T>                                                                           \
+    requires(!std::is_const_v<T>)                                                                 \
+  FUSEE_DEVICE void name(Global<T> memory, int64_t index,                                         \
+                         const std::type_identity_t<T>& value FUSEE_SITE) {                       \
+    FUSEE_CHECK(store, memory, index, 1);                                                         \
+    detail::store_word<detail::Hint::hint>(memory.data + index, value);                           \
+  }                                                                                               \
+  template <typename T, int N>                                                                    \
+    requires(!std::is_const_v<T>)                                                                 \
   FUSEE_DEVICE void name(Global<T> memory, int64_t index, const Vector<T, N>& value FUSEE_SITE) { \
-    FUSEE_CHECK(store, memory, index, N);                                                       \
-    detail::store_word<detail::Hint::hint>(memory.data + index, value);                         \
+    FUSEE_CHECK(store, memory, index, N);                                                         \
+    detail::store_word<detail::Hint::hint>(memory.data + index, value);                           \
   }
 FUSEE_STORE(store, none)
 FUSEE_STORE(store_streaming, streaming)

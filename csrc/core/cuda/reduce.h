@@ -1,5 +1,5 @@
-// Reductions over a warp and over a block, in an order that depends on nothing but the block's shape,
-// so the same input gives the same bits. Every thread gets the result.
+// Reductions over a warp and over a block, in an order that depends on nothing but the block's
+// shape, so the same input gives the same bits. Every thread gets the result.
 #pragma once
 
 #include "core/cuda/shared.h"
@@ -14,9 +14,7 @@ inline constexpr unsigned full_mask = 0xffffffffu;
 FUSEE_DEVICE int thread_rank() {
   return static_cast<int>(threadIdx.x + blockDim.x * (threadIdx.y + blockDim.y * threadIdx.z));
 }
-FUSEE_DEVICE int thread_count() {
-  return static_cast<int>(blockDim.x * blockDim.y * blockDim.z);
-}
+FUSEE_DEVICE int thread_count() { return static_cast<int>(blockDim.x * blockDim.y * blockDim.z); }
 
 namespace detail {
 // A shuffle of any small structure, word by word.
@@ -43,8 +41,8 @@ FUSEE_DEVICE T shuffle_xor(const T& value, int lane_mask FUSEE_SITE) {
 }  // namespace detail
 
 // `op(a, b)` must be associative and commutative up to rounding. All 32 lanes must take part.
-// Each lane combines with its partner in the order of the lanes, so all lanes hold the same bits even
-// where `op` is not exactly commutative.
+// Each lane combines with its partner in the order of the lanes, so all lanes hold the same bits
+// even where `op` is not exactly commutative.
 template <typename T, typename Op>
 FUSEE_DEVICE T warp_reduce(T value, Op op FUSEE_SITE) {
   const int lane = thread_rank() & 31;
@@ -83,11 +81,12 @@ FUSEE_DEVICE T warp_sum(T value FUSEE_SITE) {
   return warp_reduce(value, Sum {} FUSEE_AT_SITE);
 }
 
-// `scratch` holds one T for each warp (32 always suffice). The block must consist of whole warps. The
-// scratch may be used again at once: the reduction begins with a barrier, and a barrier separates its
-// stores from its loads.
+// `scratch` holds one T for each warp (32 always suffice). The block must consist of whole warps.
+// The scratch may be used again at once: the reduction begins with a barrier, and a barrier
+// separates its stores from its loads.
 template <typename T, typename Op>
-FUSEE_DEVICE T block_reduce(T value, Op op, const T& identity, const Shared<T>& scratch FUSEE_SITE) {
+FUSEE_DEVICE T block_reduce(T value, Op op, const T& identity,
+                            const Shared<T>& scratch FUSEE_SITE) {
   value = warp_reduce(value, op FUSEE_AT_SITE);
   const int warps = thread_count() >> 5;
   if (warps == 1) return value;

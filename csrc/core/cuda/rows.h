@@ -1,5 +1,5 @@
-// Walking a range of elements by the threads of a block: aligned vectors in the body, single elements
-// in the head and the tail that do not fill one.
+// Walking a range of elements by the threads of a block: aligned vectors in the body, single
+// elements in the head and the tail that do not fill one.
 #pragma once
 
 #include "core/cuda/memory.h"
@@ -8,10 +8,10 @@ namespace fusee {
 inline namespace FUSEE_ENGINE_NAMESPACE {
 namespace cuda {
 
-// Calls `vector(index)` for each aligned run of N elements and `scalar(index)` for each other element
-// of [begin, end). Neighbouring threads get neighbouring runs, so a warp's accesses coalesce.
-// Alignment is that of the true address of `memory`; where several arrays are walked at once, all must
-// be congruent to it (`same_alignment`), or the caller passes N = 1.
+// Calls `vector(index)` for each aligned run of N elements and `scalar(index)` for each other
+// element of [begin, end). Neighbouring threads get neighbouring runs, so a warp's accesses
+// coalesce. Alignment is that of the true address of `memory`; where several arrays are walked at
+// once, all must be congruent to it (`same_alignment`), or the caller passes N = 1.
 template <int N, typename T, typename VectorFunction, typename ScalarFunction>
 FUSEE_DEVICE void for_each_vector(Global<T> memory, int64_t begin, int64_t end, int thread,
                                   int threads, VectorFunction&& vector, ScalarFunction&& scalar) {
@@ -23,7 +23,8 @@ FUSEE_DEVICE void for_each_vector(Global<T> memory, int64_t begin, int64_t end, 
     const int64_t wanted = begin + ((N - misplaced) & (N - 1));
     const int64_t body = wanted < end ? wanted : end;
     const int64_t tail = body + ((end - body) & ~static_cast<int64_t>(N - 1));
-    // The head and the tail hold fewer than N elements each, so one round of the threads mostly does.
+    // The head and the tail hold fewer than N elements each, so one round of the threads mostly
+    // does.
     for (int64_t i = begin + thread; i < body; i += threads) scalar(i);
     for (int64_t i = body + static_cast<int64_t>(thread) * N; i < tail;
          i += static_cast<int64_t>(threads) * N) {

@@ -1,8 +1,8 @@
 // Shared memory: tiles that the threads of a block see together.
 //
 //   FUSEE_SHARED(float, tile, 256);                  // static, 256 floats
-//   FUSEE_DYNAMIC_SHARED(Half, rows, count);         // the launch's dynamic bytes, from their start
-//   FUSEE_DYNAMIC_SHARED_AT(float, sums, n, bytes);  // the same, from a byte offset on
+//   FUSEE_DYNAMIC_SHARED(Half, rows, count);         // the launch's dynamic bytes, from their
+//   start FUSEE_DYNAMIC_SHARED_AT(float, sums, n, bytes);  // the same, from a byte offset on
 //
 // Each declares a `Shared<T>`. On the device that is a pointer and the accesses are plain ones.
 #pragma once
@@ -93,24 +93,24 @@ class Shared {
 };
 
 #if defined(FUSEE_EMULATED)
-#define FUSEE_SHARED(T, name, N)                                                               \
-  static const char name##_key = 0;                                                            \
-  const ::fusee::cuda::Shared<T> name(static_cast<T*>(::emulator::static_shared(               \
-                                          &name##_key, sizeof(T) * (N),                        \
-                                          ::emulator::Where::current())),                      \
-                                      (N))
-#define FUSEE_DYNAMIC_SHARED_AT(T, name, count, byte_offset)                                   \
-  const ::fusee::cuda::Shared<T> name(                                                         \
+#define FUSEE_SHARED(T, name, N)                                                                  \
+  static const char name##_key = 0;                                                               \
+  const ::fusee::cuda::Shared<T> name(                                                            \
+      static_cast<T*>(                                                                            \
+          ::emulator::static_shared(&name##_key, sizeof(T) * (N), ::emulator::Where::current())), \
+      (N))
+#define FUSEE_DYNAMIC_SHARED_AT(T, name, count, byte_offset)                                     \
+  const ::fusee::cuda::Shared<T> name(                                                           \
       static_cast<T*>(::emulator::dynamic_shared((byte_offset), sizeof(T) * (count), alignof(T), \
-                                                 ::emulator::Where::current())),               \
+                                                 ::emulator::Where::current())),                 \
       (count))
 #else
-#define FUSEE_SHARED(T, name, N)                    \
-  __shared__ alignas(16) T name##_storage[N];       \
+#define FUSEE_SHARED(T, name, N)              \
+  __shared__ alignas(16) T name##_storage[N]; \
   const ::fusee::cuda::Shared<T> name(name##_storage)
-#define FUSEE_DYNAMIC_SHARED_AT(T, name, count, byte_offset)                          \
-  extern __shared__ __align__(16) unsigned char fusee_dynamic_shared[];               \
-  static_cast<void>(count);                                                           \
+#define FUSEE_DYNAMIC_SHARED_AT(T, name, count, byte_offset)            \
+  extern __shared__ __align__(16) unsigned char fusee_dynamic_shared[]; \
+  static_cast<void>(count);                                             \
   const ::fusee::cuda::Shared<T> name(reinterpret_cast<T*>(fusee_dynamic_shared + (byte_offset)))
 #endif
 #define FUSEE_DYNAMIC_SHARED(T, name, count) FUSEE_DYNAMIC_SHARED_AT(T, name, count, 0)

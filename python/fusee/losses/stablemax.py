@@ -35,7 +35,12 @@ def slope(x: Tensor) -> Tensor:
 def _reference(input: Tensor, log: bool) -> tuple[Tensor, Tensor]:
     x = input.to(accumulate_dtype(input.dtype))
     total = stable_exp(x).sum(1, keepdim=True)
-    output = symlog(x) - total.log() if log else stable_exp(x) / total
+    output = stable_exp(x) / total
+    if log:
+        # The quotient's logarithm is right near zero, the difference where the quotient underflows.
+        tiny = 1e-30
+        difference = symlog(x) - total.log()
+        output = torch.where(output < tiny, difference, output.clamp(min=tiny).log())
     return output.to(input.dtype), total.squeeze(1).double()
 
 

@@ -121,8 +121,9 @@ def _backward_reference(
     z = 2 * z_loss * total_sum.log() if z_loss != 0 else 0.0
     result = (row.total + z) * slope(x) / total_sum - row.coefficients * r
     share = 1 / (1 + s_t / rest)
+    # Where the pivot holds most of the sum, its derivative would cancel.
     pivot = row.remainder - row.total * share + z * s_t / total_sum
-    result = grad.unsqueeze(1) * torch.where(own, pivot * r, result)
+    result = grad.unsqueeze(1) * torch.where(own & (share < 0.5), pivot * r, result)
     result = torch.where(row.invalid, math.nan, torch.where(row.ignored, 0, result))
     return result.to(input.dtype)
 

@@ -1,0 +1,1 @@
+"""Records and tests of the losses."""
