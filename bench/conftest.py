@@ -58,7 +58,9 @@ class BenchSession:
         """Measure the machine before the first case."""
         settings = self.settings
         torch.set_num_threads(settings.threads)
-        self._clock = runner.CudaClock() if settings.device == "cuda" else runner.CpuClock()
+        self._clock = (
+            runner.CudaClock() if settings.device == "cuda" else runner.CpuClock(settings.clock)
+        )
         self.document = {
             "schema": 1,
             "machine": environment.describe(settings),
@@ -106,6 +108,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
     group.addoption("--threads", type=int, default=1, help="CPU threads (default 1)")
     group.addoption("--device", default="cpu", choices=("cpu", "cuda"), help="where to run")
+    clock_help = "time on the wall, or of this process (steadier for one thread on a busy machine)"
+    group.addoption("--clock", default="wall", choices=("wall", "cpu"), help=clock_help)
     group.addoption("--rounds", type=int, default=15, help="interleaved rounds (default 15)")
     group.addoption("--budget", type=float, default=10.0, help="seconds per contender (default 10)")
     group.addoption(
@@ -124,6 +128,7 @@ def pytest_configure(config: pytest.Config) -> None:
         rounds=2 if option.quick else option.rounds,
         budget=1.0 if option.quick else option.budget,
         quick=option.quick,
+        clock=option.clock,
     )
     if settings.rounds < 1 or settings.threads < 1 or not math.isfinite(settings.budget):
         raise pytest.UsageError("--rounds and --threads must be at least 1 and --budget finite")

@@ -80,6 +80,7 @@ def describe(settings: Any) -> dict[str, Any]:
         "torch cpu capability": torch.backends.cpu.get_cpu_capability(),
         "threads": settings.threads,
         "rounds": settings.rounds,
+        "clock": settings.clock if settings.device == "cpu" else "events of the card",
         "quick": settings.quick,
         "variables": {name: os.environ[name] for name in _VARIABLES if name in os.environ},
         "load at start": load(),

@@ -54,7 +54,9 @@ def mebibytes(value: float | None) -> str:
 
 
 def times_text(value: Mapping[str, float]) -> str:
-    """Format a ratio with its quartiles."""
+    """Format a ratio with its quartiles, or say that a single round has none."""
+    if value["n"] == 1:
+        return f"{value['median']:.2f}x [1 round]"
     return f"{value['median']:.2f}x [{value['q1']:.2f}-{value['q3']:.2f}]"
 
 
@@ -66,7 +68,7 @@ def cells(row: Mapping[str, Any], result: Mapping[str, Any]) -> list[str]:
     return [
         row["name"],
         seconds(time["median"]),
-        f"{seconds(time['q1'])} - {seconds(time['q3'])}",
+        f"{seconds(time['q1'])} - {seconds(time['q3'])}" if time["n"] > 1 else "unknown",
         str(time["n"]),
         f"{row['gbps']:.2f}" if result["bytes"] else "-",
         f"{row['gflops']:.2f}" if result["flops"] else "-",
@@ -89,7 +91,10 @@ def bar_cells(row: Mapping[str, Any], result: Mapping[str, Any]) -> list[str]:
         return [case, promise, row["why"], "NOT JUDGED"]
     value = mebibytes(row["value"]) if memory else times_text(row["value"])
     verdict = "met" if row["met"] else "MISSED"
-    return [case, promise, value, verdict if row["firm"] else f"{verdict} (within the spread)"]
+    doubt = (
+        "" if row["firm"] else " (1 round)" if row["value"]["n"] == 1 else " (within the spread)"
+    )
+    return [case, promise, value, verdict + doubt]
 
 
 def all_bars(document: Mapping[str, Any]) -> list[list[str]]:

@@ -81,8 +81,8 @@ def bars(result: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Return each promise of a result with what was measured and whether it is met.
 
     `met` is None when it could not be judged; `why` then says what was missing. A speed bar is
-    judged by the median alone; `firm` tells whether the whole interquartile range is on the same
-    side.
+    judged by the median alone; `firm` tells whether the whole interquartile range, of more
+    than one round, is on the same side.
     """
     subject, found = subject_of(result), []
     for against, bar in result["bars"].items():
@@ -91,7 +91,8 @@ def bars(result: Mapping[str, Any]) -> list[dict[str, Any]]:
         value = ratio(peer["times"], subject["times"]) if subject and is_measured(peer) else None
         if value:
             row.update(value=value, met=value["median"] >= bar)
-            row["firm"] = (value["q1"] >= bar) == (value["q3"] >= bar)
+            same_side = (value["q1"] >= bar) == (value["q3"] >= bar)
+            row["firm"] = value["n"] > 1 and same_side
         else:
             missing = result["subject"] if not subject else against
             entry = find(result, missing) or {}

@@ -181,6 +181,18 @@ def test_wall_clock_measures_a_known_sleep() -> None:
     assert min(clock(lambda: None, 1) for _ in range(50)) < 0.001
 
 
+def test_processor_clock_leaves_out_waiting() -> None:
+    assert runner.CpuClock("cpu")(lambda: time.sleep(0.05), 1) < 0.04
+
+
+def test_one_round_is_never_called_firm(known: dict[str, Any]) -> None:
+    one = {name: dict(entry) for name, entry in known["contenders"].items()}
+    one["three times"]["times"] = {"0": known["contenders"]["three times"]["times"]["0"]}
+    page = report.text(document_of([known | {"contenders": one}]))
+    assert "3.00x [1 round]" in page
+    assert "met (1 round)" in page
+
+
 def test_share_is_the_time_of_the_ceiling_over_the_time_of_the_contender() -> None:
     measured = {"status": "measured", "iterations": 1}
     result = {
@@ -324,7 +336,7 @@ def test_faulty_cases_are_refused() -> None:
 def test_whole_run_agrees_with_pytest_benchmark(tmp_path: Path) -> None:
     root = Path(__file__).parents[1]
     theirs = tmp_path / "pytest-benchmark.json"
-    command = [sys.executable, "-m", "pytest", "bench/losses/bench_perp_grad.py", "--quick"]
+    command = [sys.executable, "-m", "pytest", "bench/losses/bench_perp_grad.py", "-k", "eager"]
     command += [
         "-q",
         "-p",

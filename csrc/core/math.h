@@ -30,8 +30,9 @@ struct Format;
 
 template <>
 struct Format<float> {
-  using Bits = int32_t;
+  using Bits = uint32_t;
   static constexpr int kMantissaBits = 23;
+  static constexpr Bits kBias = 128;
   static constexpr Bits kSqrtHalf = 0x3f3504f3;  // the bits of sqrt(1/2)
   static constexpr float kLn2High = 0x1.62e4p-1f;  // few enough bits for exact products
   static constexpr float kLn2Low = 0x1.7f7d1cp-20f;
@@ -46,8 +47,9 @@ struct Format<float> {
 
 template <>
 struct Format<double> {
-  using Bits = int64_t;
+  using Bits = uint64_t;
   static constexpr int kMantissaBits = 52;
+  static constexpr Bits kBias = 1024;
   static constexpr Bits kSqrtHalf = 0x3fe6a09e667f3bcd;
   static constexpr double kLn2High = 0x1.62e42feep-1;
   static constexpr double kLn2Low = 0x1.a39ef35793c76p-33;
@@ -71,16 +73,19 @@ template <typename A>
 FUSEE_HOST_DEVICE A log_normal(A u, A correction) {
   using F = Format<A>;
   using Bits = typename F::Bits;
-  // Split u = 2^k m with m in [sqrt(1/2), sqrt(2)).
+  // Split u = 2^k m with m in [sqrt(1/2), sqrt(2)). A bias keeps k positive, so that it becomes a
+  // floating-point number by filling in the mantissa of 2^kMantissaBits: the conversion of 64-bit
+  // integers is an instruction that few vector units have.
   const Bits bits = bit_cast<Bits>(u);
-  const Bits k = (bits - F::kSqrtHalf) >> F::kMantissaBits;
-  const A m = bit_cast<A>(static_cast<Bits>(bits - (k << F::kMantissaBits)));
+  const Bits biased = (bits - F::kSqrtHalf + (F::kBias << F::kMantissaBits)) >> F::kMantissaBits;
+  constexpr A kOne = A(Bits{1} << F::kMantissaBits);
+  const A exponent = bit_cast<A>(static_cast<Bits>(biased | bit_cast<Bits>(kOne))) - (kOne + A(F::kBias));
+  const A m = bit_cast<A>(static_cast<Bits>(bits - ((biased - F::kBias) << F::kMantissaBits)));
   const A f = m - A(1);
   const A s = f / (A(2) + f);
   const A z = s * s;
   // log(1 + f) = 2s + (2/3) s^3 + ..., and 2s = f - s f, which keeps the leading term exact.
   const A tail = s * (A(2) * z * F::series(z) - f);
-  const A exponent = static_cast<A>(k);
   return exponent * F::kLn2High + (f + (tail + (exponent * F::kLn2Low + correction)));
 }
 

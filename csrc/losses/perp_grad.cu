@@ -30,18 +30,20 @@ struct Entry {
   void* grad;
   int64_t rows, length;
   int64_t first_unit;
+  int64_t first_slot;
   int32_t first_block;
   int16_t ranges;  // of each row; 0: each row by a warp
   int16_t type;
 };
 
 // A launch takes 32 KB of arguments, but is quicker with few.
-constexpr int kSmallTable = 64, kLargeTable = 640;
+constexpr int kSmallTable = 64, kLargeTable = 576;
 
 template <int kCapacity>
 struct Table {
   int32_t count;
   int32_t blocks;
+  int64_t slots;
   Entry entries[kCapacity];
 
   // The entry that a block works on: the last whose first block is not beyond it.
@@ -59,13 +61,14 @@ struct Table {
   }
 };
 
+static_assert(sizeof(Table<kLargeTable>) + 64 <= 32764, "what a launch takes");
+
 // The part of the work that a thread takes part in.
 struct Team {
   int64_t row;         // of the entry
   int64_t begin, end;  // within the row; empty for a warp without a row
-  int64_t slot;        // where the sums of the row's ranges are kept, from `row_slot` on
-  int64_t row_slot;
-  int ranges;
+  int64_t row_slot;    // where the sums of the row's ranges are kept
+  int range, ranges;
   bool warp;  // whether the team is a warp, not the block
   int rank, size;
 
@@ -76,27 +79,27 @@ struct Team {
       row = static_cast<int64_t>(local) * kWarps + (thread_rank() >> 5);
       begin = 0;
       end = row < entry.rows ? entry.length : 0;
+      range = 0;
       ranges = 1;
-      slot = row_slot = static_cast<int64_t>(block) * kWarps + (thread_rank() >> 5);
       rank = thread_rank() & 31;
       size = 32;
     } else {
       ranges = entry.ranges;
       row = local / ranges;
-      const int range = local % ranges;
+      range = local % ranges;
       // Ranges of equal size, in whole pieces of 64 elements, so that all begin on the same alignment.
       const int64_t share = ((entry.length + ranges - 1) / ranges + 63) / 64 * 64;
       begin = range * share < entry.length ? range * share : entry.length;
       end = begin + share < entry.length ? begin + share : entry.length;
-      slot = static_cast<int64_t>(block) * kWarps;
-      row_slot = slot - static_cast<int64_t>(range) * kWarps;
       rank = thread_rank();
       size = kThreads;
     }
+    row_slot = entry.first_slot + row * ranges;
   }
 
-  FUSEE_DEVICE Dots sum(const Dots& dots, const Shared<Dots>& scratch) const {
-    return warp ? warp_sum(dots) : block_sum(dots, scratch);
+  FUSEE_DEVICE Dots sum(const Dots& dots, const Shared<double>& scratch) const {
+    if (warp) return {warp_sum(dots.ww), warp_sum(dots.wg), warp_sum(dots.gg)};
+    return {block_sum(dots.ww, scratch), block_sum(dots.wg, scratch), block_sum(dots.gg, scratch)};
   }
 };
 
@@ -236,14 +239,14 @@ FUSEE_DEVICE void team_rewrite(const Team& team, Global<const T> w, Global<T> g,
   }
 }
 
-template <typename T>
-FUSEE_DEVICE Global<const T> weight_of(const Entry& entry, const Team& team) {
-  return global(static_cast<const T*>(entry.weight), entry.rows * entry.length) +
-         team.row * entry.length;
-}
-template <typename T>
-FUSEE_DEVICE Global<T> grad_of(const Entry& entry, const Team& team) {
-  return global(static_cast<T*>(entry.grad), entry.rows * entry.length) + team.row * entry.length;
+// The team's row of one of the entry's two tensors.
+template <typename T, typename Void>
+FUSEE_DEVICE Global<T> row_of(Void* memory, const Entry& entry, const Team& team) {
+  Global<T> all{static_cast<T*>(memory)};
+#if defined(FUSEE_EMULATED)
+  all.size = entry.rows * entry.length;
+#endif
+  return all + team.row * entry.length;
 }
 
 // Calls f with a value of the entry's type; the whole block takes the same branch.
@@ -263,32 +266,41 @@ FUSEE_DEVICE void by_type(const Entry& entry, const F& f) {
 
 template <int kCapacity>
 __global__ void __launch_bounds__(kThreads)
-    sum_kernel(const __grid_constant__ Table<kCapacity> table, Global<Dots> sums) {
-  FUSEE_SHARED(Dots, scratch, 32);
+    sum_kernel(const __grid_constant__ Table<kCapacity> table, Global<double> sums) {
+  FUSEE_SHARED(double, scratch, 32);
   const int block = static_cast<int>(blockIdx.x);
   const Entry& entry = table.entries[table.find(block)];
   const Team team(entry, block);
   by_type(entry, [&]<typename T>(T) {
     Dots dots;
     if (team.begin < team.end)
-      dots = team_dots<T>(team, weight_of<T>(entry, team), grad_of<T>(entry, team));
+      dots = team_dots<T>(team, row_of<const T>(entry.weight, entry, team),
+                          row_of<const T>(entry.grad, entry, team));
     dots = team.sum(dots, scratch);
-    if (team.rank == 0 && team.row < entry.rows) store(sums, team.slot, dots);
+    if (team.rank != 0 || team.row >= entry.rows) return;
+    const int64_t slot = team.row_slot + team.range;
+    store(sums, slot, dots.ww);
+    store(sums, table.slots + slot, dots.wg);
+    store(sums, 2 * table.slots + slot, dots.gg);
   });
 }
 
 template <int kCapacity>
 __global__ void __launch_bounds__(kThreads)
-    project_kernel(const __grid_constant__ Table<kCapacity> table, Global<const Dots> sums,
+    project_kernel(const __grid_constant__ Table<kCapacity> table, Global<const double> sums,
                    Global<bool> degenerate, bool rescale, double threshold) {
-  FUSEE_SHARED(Dots, scratch, 32);
+  FUSEE_SHARED(double, scratch, 32);
   const int block = static_cast<int>(blockIdx.x);
   const Entry& entry = table.entries[table.find(block)];
   const Team team(entry, block);
   Dots dots;
-  if (team.row < entry.rows)
-    for (int i = team.rank; i < team.ranges; i += team.size)
-      dots = dots + load(sums, team.row_slot + static_cast<int64_t>(i) * kWarps);
+  if (team.row < entry.rows) {
+    for (int i = team.rank; i < team.ranges; i += team.size) {
+      const int64_t slot = team.row_slot + i;
+      dots = dots + Dots{load(sums, slot), load(sums, table.slots + slot),
+                         load(sums, 2 * table.slots + slot)};
+    }
+  }
   dots = team.sum(dots, scratch);
   if (team.row >= entry.rows) return;
 
@@ -299,8 +311,8 @@ __global__ void __launch_bounds__(kThreads)
     if (team.rank == 0 && team.begin == 0)
       store(degenerate, entry.first_unit + team.row, projection.action == Projection::kZero);
     if (projection.action == Projection::kKeep) return;
-    const Global<const T> w = weight_of<T>(entry, team);
-    const Global<T> g = grad_of<T>(entry, team);
+    const Global<const T> w = row_of<const T>(entry.weight, entry, team);
+    const Global<T> g = row_of<T>(entry.grad, entry, team);
     if (projection.action == Projection::kZero) {
       team_rewrite<A>(team, w, g, [](A, A) { return A(0); });
     } else if (std::is_same_v<A, float> && Projector<float>::suits(projection)) {
@@ -314,24 +326,22 @@ __global__ void __launch_bounds__(kThreads)
 template <int kCapacity>
 void launch_table(const Table<kCapacity>& table, const Tensor& any, const Tensor& degenerate,
                   bool rescale, double threshold, const Context& context) {
-  // Three doubles for each warp of each block: room for either kind of team.
-  const int64_t slots = static_cast<int64_t>(table.blocks) * kWarps;
-  const Tensor workspace = empty(any, {slots, 3}, ScalarType::Double);
-  const Global<Dots> sums = global(static_cast<Dots*>(workspace.mutable_data_ptr()), slots);
-  launch(&sum_kernel<kCapacity>, table.blocks, kThreads, 0, context.stream, table, sums);
-  launch(&project_kernel<kCapacity>, table.blocks, kThreads, 0, context.stream, table, sums,
-         output<bool>(degenerate), rescale, threshold);
+  const Tensor sums = empty(any, {3, table.slots}, ScalarType::Double);
+  launch(&sum_kernel<kCapacity>, table.blocks, kThreads, 0, context.stream, table,
+         output<double>(sums));
+  launch(&project_kernel<kCapacity>, table.blocks, kThreads, 0, context.stream, table,
+         input<double>(sums), output<bool>(degenerate), rescale, threshold);
 }
 
-// How many blocks a pair takes; sets how its rows are cut.
-int64_t cut(const Pair& pair, Entry& entry) {
-  if (pair.length <= kWarpElements) {
+// How many blocks a tensor takes; sets how its rows are cut.
+int64_t cut(Entry& entry) {
+  if (entry.length <= kWarpElements) {
     entry.ranges = 0;
-    return (pair.rows + kWarps - 1) / kWarps;
+    return (entry.rows + kWarps - 1) / kWarps;
   }
-  const int64_t ranges = (pair.length + kRangeElements - 1) / kRangeElements;
+  const int64_t ranges = (entry.length + kRangeElements - 1) / kRangeElements;
   entry.ranges = static_cast<int16_t>(std::min(ranges, kMaxRanges));
-  return pair.rows * entry.ranges;
+  return entry.rows * entry.ranges;
 }
 
 Tensor perp_grad_(std::vector<Tensor> weights, std::vector<Tensor> grads, bool per_row, bool rescale,
@@ -354,8 +364,9 @@ Tensor perp_grad_(std::vector<Tensor> weights, std::vector<Tensor> grads, bool p
                 pair.first_unit,
                 0,
                 0,
+                0,
                 static_cast<int16_t>(pair.type)};
-    blocks.push_back(cut({pair.weight, pair.grad, pair.type, pair.rows, length, 0, false}, entry));
+    blocks.push_back(cut(entry));
     entries.push_back(entry);
   }
   auto run = [&]<int kCapacity>(size_t begin, size_t end) {
@@ -363,7 +374,9 @@ Tensor perp_grad_(std::vector<Tensor> weights, std::vector<Tensor> grads, bool p
     int64_t total = 0;
     for (size_t i = begin; i < end; ++i) {
       entries[i].first_block = static_cast<int32_t>(total);
+      entries[i].first_slot = table.slots;
       table.entries[table.count++] = entries[i];
+      table.slots += entries[i].rows * std::max<int64_t>(1, entries[i].ranges);
       total += blocks[i];
     }
     FUSEE_REQUIRE(total < INT32_MAX, "too many rows for one launch");

@@ -149,11 +149,11 @@ void forward_tile(const Problem<T>& p, const Tile& tile, A* loss, RowStats<A>* s
   sum_tile(p, tile, pivots, symlog_pivot, sums);
   double odds[kLanes];
 #pragma omp simd
-  for (int i = 0; i < tile.lanes; ++i) {
-    const RowSum rest = RowSum::from<A>(sums[0][i], sums[1][i]);
-    odds[i] = log_odds(rest, x_pivot[i]);
-    stats[i] = row_stats(rest, x_pivot[i]);
-  }
+  for (int i = 0; i < tile.lanes; ++i)
+    odds[i] = log_odds(RowSum::from<A>(sums[0][i], sums[1][i]), x_pivot[i]);
+#pragma omp simd
+  for (int i = 0; i < tile.lanes; ++i)
+    stats[i] = row_stats(RowSum::from<A>(sums[0][i], sums[1][i]), x_pivot[i]);
   for (int i = 0; i < tile.lanes; ++i)
     loss[i] = static_cast<A>(pivots[i].total * odds[i] + sums[2][i]);
   if (p.options.z_loss != 0)
@@ -260,17 +260,21 @@ struct Arguments {
 template <typename T>
 std::array<double, 2> count_rows(const Problem<T>& p) {
   if (!p.target) return {static_cast<double>(p.rows.count()), 0};
-  double divisor = 0, invalid = 0;
+  int64_t ignored = 0, invalid = 0;
+#pragma omp simd reduction(+ : ignored, invalid)
   for (int64_t row = 0; row < p.rows.count(); ++row) {
     const int64_t y = p.target[row];
-    if (y == p.options.ignore_index) continue;
-    if (y < 0 || y >= p.classes()) {
-      invalid += 1;
-    } else {
-      divisor += p.class_weight(y);
-    }
+    const bool outside = (y < 0) | (y >= p.classes());
+    ignored += y == p.options.ignore_index;
+    invalid += outside & (y != p.options.ignore_index);
   }
-  return {divisor, invalid};
+  double divisor = static_cast<double>(p.rows.count() - ignored - invalid);
+  if (p.weight) {
+    divisor = 0;
+    for (int64_t row = 0; row < p.rows.count(); ++row)
+      if (!p.ignored(row) && !p.out_of_range(row)) divisor += p.class_weight(p.target[row]);
+  }
+  return {divisor, static_cast<double>(invalid)};
 }
 
 std::tuple<Tensor, Tensor, Tensor> stablemax_cross_entropy(
@@ -293,6 +297,7 @@ std::tuple<Tensor, Tensor, Tensor> stablemax_cross_entropy(
     if (reduction == kReductionNone) return std::make_tuple(losses, stats, info);
     // Rows are added in one fixed order, whatever the number of threads.
     double sum = 0;
+#pragma omp simd reduction(+ : sum)
     for (int64_t row = 0; row < p.rows.count(); ++row) sum += rows[row];
     if (reduction == kReductionMean) sum /= counts[0];
     Tensor loss = empty(input, {}, type);

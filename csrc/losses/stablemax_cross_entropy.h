@@ -45,10 +45,9 @@ template <typename A>
 FUSEE_HOST_DEVICE double log_odds(const RowSum& rest, A x_t) {
   const double x = static_cast<double>(x_t);
   const double ratio = rest.value() / stable_exp(x);
-  if constexpr (sizeof(A) == 8) {
-    if (ratio > 1e300) return rest.log() - symlog(x);
-  }
-  return log1p_nonnegative(ratio);
+  const double odds = log1p_nonnegative(ratio);
+  if constexpr (sizeof(A) == 8) return ratio > 1e300 ? rest.log() - symlog(x) : odds;
+  return odds;
 }
 
 template <typename A>

@@ -123,7 +123,9 @@ class OpSpec:
     dtype, rounded to the dtype of the result, as torch's own softmax computes."""
     dtypes: tuple[torch.dtype, ...] = ALL_DTYPES
     output_dtype: Callable[[torch.dtype], torch.dtype] = lambda dtype: dtype
-    autocast_dtype: Callable[[torch.dtype], torch.dtype] = lambda dtype: torch.float32
+    autocast_dtype: Callable[[torch.dtype], torch.dtype] = lambda dtype: (
+        torch.float64 if dtype == torch.float64 else torch.float32
+    )
     properties: dict[str, Callable[[Sample, Tensor], None]] = field(default_factory=dict)
     """Assertions about every result, by name."""
     nan_samples: Callable[[Maker], Iterable[NanSample]] | None = None

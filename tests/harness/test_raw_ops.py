@@ -77,7 +77,7 @@ def test_opcheck(spec: OpSpec, device: str) -> None:
     for sample in chosen(spec, torch.float32, device, tiny=True):
         for name, args in raw_calls(spec, sample):
             empty = any(isinstance(a, Tensor) and a.numel() == 0 for a in args)
-            kinds = tuple(a.dtype if isinstance(a, Tensor) else a for a in args)
+            kinds = tuple(a.dtype if isinstance(a, Tensor) else type(a) for a in args)
             if (name, empty, kinds) in done:
                 continue
             done.add((name, empty, kinds))

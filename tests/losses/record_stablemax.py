@@ -152,8 +152,13 @@ def _record(name: str, *, log: bool) -> OpSpec:
         nan_samples=_nan_samples,
         large=_large,
         least_scale=1.0 if log else 0.0,
+        not_applicable=_SAME_OPERATOR if log else {},
         traffic=_TRAFFIC,
     )
 
 
+_SAME_OPERATOR = {
+    check: "one operator serves both: checked through stablemax"
+    for check in ("opcheck", "compile", "aotinductor_package", "saved_program")
+}
 RECORDS = [_record("stablemax", log=False), _record("log_stablemax", log=True)]
