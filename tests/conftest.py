@@ -79,12 +79,6 @@ def device(request: pytest.FixtureRequest) -> str:
     return name
 
 
-@pytest.fixture
-def tiny_only(device: str) -> bool:
-    """Whether only tiny samples are to run: the emulated engine takes a millisecond a block."""
-    return device == "cpu" and fusee.engine("cpu") == "emulated"
-
-
 @pytest.fixture(autouse=True)
 def _clean() -> Any:
     """Compiled functions and settings of one test do not reach the next."""

@@ -63,6 +63,12 @@ struct RowSum {
     return {positive * (sizeof(A) == 4 ? 0x1p-40 : 1.0), negative};
   }
 
+  // The sum itself from the same two.
+  template <typename A>
+  static FUSEE_HOST_DEVICE double value_from(double positive, double negative) {
+    return positive * (sizeof(A) == 4 ? 0x1p24 : 0x1p64) + negative;
+  }
+
   // S itself; finite for finite float logits, while a float64 row may round to infinity.
   FUSEE_HOST_DEVICE double value() const { return positive * 0x1p64 + negative; }
   FUSEE_HOST_DEVICE double scaled() const { return positive + negative * 0x1p-64; }

@@ -134,6 +134,29 @@ void sum_tile(const Problem<T>& p, const Tile& tile, const Pivot* pivots, const 
   });
 }
 
+// The losses and the saved values of a tile, from R and s_t of its rows. Written in plain arrays, which
+// vectorise where small structures do not.
+template <typename T, typename A = accumulate_t<T>>
+void finish_tile(const Problem<T>& p, const Tile& tile, const Pivot* pivots, const double* rest,
+                 const double* s_t, double* odds, const double* spread, const A* x_pivot, A* loss,
+                 RowStats<A>* stats) {
+  double share[kLanes];
+#pragma omp simd
+  for (int i = 0; i < tile.lanes; ++i) share[i] = rest_share(rest[i], s_t[i]);
+  for (int i = 0; i < tile.lanes; ++i) {
+    stats[i] = {static_cast<A>(rest[i] + s_t[i]), static_cast<A>(share[i])};
+    loss[i] = static_cast<A>(pivots[i].total * odds[i] + spread[i]);
+  }
+  if (p.options.z_loss != 0)
+    for (int i = 0; i < tile.lanes; ++i)
+      loss[i] += static_cast<A>(z_term(odds[i], x_pivot[i], p.options.z_loss));
+  for (int i = 0; i < tile.lanes; ++i) {
+    if (pivots[i].at >= 0) continue;
+    loss[i] = p.ignored(tile.row + i) ? A(0) : std::numeric_limits<A>::quiet_NaN();
+    stats[i] = {A(1), A(0)};
+  }
+}
+
 template <typename T, typename A = accumulate_t<T>>
 void forward_tile(const Problem<T>& p, const Tile& tile, A* loss, RowStats<A>* stats) {
   Pivot pivots[kLanes];
@@ -147,22 +170,72 @@ void forward_tile(const Problem<T>& p, const Tile& tile, A* loss, RowStats<A>* s
   if (p.spreads())
     for (int i = 0; i < tile.lanes; ++i) symlog_pivot[i] = symlog(x_pivot[i]);
   sum_tile(p, tile, pivots, symlog_pivot, sums);
-  double odds[kLanes];
+  double rest[kLanes], s_t[kLanes], odds[kLanes];
 #pragma omp simd
-  for (int i = 0; i < tile.lanes; ++i)
-    odds[i] = log_odds(RowSum::from<A>(sums[0][i], sums[1][i]), x_pivot[i]);
-#pragma omp simd
-  for (int i = 0; i < tile.lanes; ++i)
-    stats[i] = row_stats(RowSum::from<A>(sums[0][i], sums[1][i]), x_pivot[i]);
-  for (int i = 0; i < tile.lanes; ++i)
-    loss[i] = static_cast<A>(pivots[i].total * odds[i] + sums[2][i]);
-  if (p.options.z_loss != 0)
-    for (int i = 0; i < tile.lanes; ++i)
-      loss[i] += static_cast<A>(z_term(odds[i], x_pivot[i], p.options.z_loss));
   for (int i = 0; i < tile.lanes; ++i) {
-    if (pivots[i].at >= 0) continue;
-    loss[i] = p.ignored(tile.row + i) ? A(0) : std::numeric_limits<A>::quiet_NaN();
-    stats[i] = {A(1), A(0)};
+    rest[i] = RowSum::value_from<A>(sums[0][i], sums[1][i]);
+    s_t[i] = stable_exp(static_cast<double>(x_pivot[i]));
+  }
+#pragma omp simd
+  for (int i = 0; i < tile.lanes; ++i) odds[i] = log1p_nonnegative(rest[i] / s_t[i]);
+  if constexpr (sizeof(A) == 8)
+    for (int i = 0; i < tile.lanes; ++i)
+      odds[i] = log_odds(RowSum::from<A>(sums[0][i], sums[1][i]), x_pivot[i]);
+  finish_tile(p, tile, pivots, rest, s_t, odds, sums[2], x_pivot, loss, stats);
+}
+
+// Rows too short for a vector, with nothing but the target's own coefficient: the elements of all rows
+// of a tile are walked as one array, and only the sums and the pivots row by row.
+template <typename T>
+bool is_flat(const Problem<T>& p) {
+  return sizeof(accumulate_t<T>) == 4 && p.rows.inner == 1 && p.classes() <= kShortRow &&
+         !p.spreads();
+}
+
+template <typename T, typename A = accumulate_t<T>>
+void forward_flat(const Problem<T>& p, const Tile& tile, A* loss, RowStats<A>* stats) {
+  const int classes = static_cast<int>(p.classes()), n = tile.lanes * classes;
+  const T* FUSEE_RESTRICT x = p.input + tile.first;
+  double terms[kLanes * kShortRow];
+#pragma omp simd
+  for (int k = 0; k < n; ++k) terms[k] = static_cast<double>(stable_exp(static_cast<A>(x[k])));
+  Pivot pivots[kLanes];
+  tile_pivots(p, tile, pivots);
+  A x_pivot[kLanes];
+  double rest[kLanes], s_t[kLanes], odds[kLanes], spread[kLanes];
+  for (int i = 0; i < tile.lanes; ++i) {
+    double* row = terms + i * classes;
+    const int at = static_cast<int>(std::max<int64_t>(0, pivots[i].at));
+    x_pivot[i] = static_cast<A>(x[i * classes + at]);
+    row[at] = 0;
+    double sum = 0;
+    for (int c = 0; c < classes; ++c) sum += row[c];
+    rest[i] = sum;
+    spread[i] = 0;
+  }
+#pragma omp simd
+  for (int i = 0; i < tile.lanes; ++i) s_t[i] = stable_exp(static_cast<double>(x_pivot[i]));
+#pragma omp simd
+  for (int i = 0; i < tile.lanes; ++i) odds[i] = log1p_nonnegative(rest[i] / s_t[i]);
+  finish_tile(p, tile, pivots, rest, s_t, odds, spread, x_pivot, loss, stats);
+}
+
+template <typename T, typename A>
+void backward_flat(const Problem<T>& p, const Tile& tile, const RowGradient<A>* gradients,
+                   T* FUSEE_RESTRICT output) {
+  constexpr int kWidth = 16;
+  const int classes = static_cast<int>(p.classes()), n = tile.lanes * classes;
+  const T* FUSEE_RESTRICT x = p.input + tile.first;
+  T* FUSEE_RESTRICT out = output + tile.first;
+  // Every element's factor. Whole vectors are written; the next row overwrites what is too much.
+  A factor[kLanes * kShortRow + kWidth];
+  for (int i = 0; i < tile.lanes; ++i)
+    for (int c = 0; c < classes; c += kWidth)
+      std::fill_n(factor + i * classes + c, kWidth, gradients[i].over_sum);
+#pragma omp simd
+  for (int k = 0; k < n; ++k) {
+    const A value = static_cast<A>(x[k]);
+    out[k] = static_cast<T>(factor[k] * stable_exp_derivative(value, reciprocal(value)));
   }
 }
 
@@ -184,7 +257,9 @@ void backward_tile(const Problem<T>& p, const Tile& tile, const A* h, const RowS
     }
   }
   const T* FUSEE_RESTRICT input = p.input;
-  if (p.spreads()) {
+  if (is_flat(p)) {
+    backward_flat(p, tile, gradients, output);
+  } else if (p.spreads()) {
     with_coefficient(p, [&](const auto& coefficient) {
       for_each_element(tile, p.classes(), [&](int i, int64_t) {
         return [=, gradient = gradients[i], s = scale[i]](int64_t c, int64_t at) {
@@ -214,7 +289,11 @@ void forward(const Problem<T>& p, A* loss, RowStats<A>* stats) {
                [&](int64_t begin, int64_t end) {
                  for (int64_t index = begin; index < end; ++index) {
                    const Tile tile = p.rows.tile(index);
-                   forward_tile(p, tile, loss + tile.row, stats + tile.row);
+                   if (is_flat(p)) {
+                     forward_flat(p, tile, loss + tile.row, stats + tile.row);
+                   } else {
+                     forward_tile(p, tile, loss + tile.row, stats + tile.row);
+                   }
                  }
                });
 }

@@ -139,7 +139,8 @@ struct Forward {
       const double odds = log_odds(rest, x_t);
       value += pivot.total * odds;
       if (target.options.z_loss != 0) value += z_term(odds, x_t, target.options.z_loss);
-      saved = row_stats(rest, x_t);
+      const double s_t = stable_exp(static_cast<double>(x_t));
+      saved = {static_cast<A>(rest.value() + s_t), static_cast<A>(rest_share(rest.value(), s_t))};
     }
     store(loss, view.row(), static_cast<A>(value));
     store(stats, 2 * view.row(), Vector<A, 2>{{saved.sum, saved.rest}});

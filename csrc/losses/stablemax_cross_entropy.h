@@ -39,8 +39,8 @@ FUSEE_HOST_DEVICE A checked_class_weight(A weight) {
   return weight >= A(0) ? weight : std::numeric_limits<A>::quiet_NaN();
 }
 
-// log1p(R / s_t), where `rest` sums the row without its pivot. Only a float64 row can have a ratio
-// past the range of double; its logarithm is then taken apart.
+// log1p(R / s_t), given R rounded to double, and as it is for a float64 row whose ratio may lie past
+// the range of double.
 template <typename A>
 FUSEE_HOST_DEVICE double log_odds(const RowSum& rest, A x_t) {
   const double x = static_cast<double>(x_t);
@@ -50,13 +50,8 @@ FUSEE_HOST_DEVICE double log_odds(const RowSum& rest, A x_t) {
   return odds;
 }
 
-template <typename A>
-FUSEE_HOST_DEVICE RowStats<A> row_stats(const RowSum& rest, A x_t) {
-  const double s_t = stable_exp(static_cast<double>(x_t));
-  const double r = rest.value();
-  // 1 / (1 + s_t / R) is right for R = 0 and for infinite R, where R / S would be NaN.
-  return {static_cast<A>(r + s_t), static_cast<A>(1.0 / (1.0 + s_t / r))};
-}
+// Q = R / S, written so that it is right for R = 0 and for infinite R.
+FUSEE_HOST_DEVICE double rest_share(double rest, double s_t) { return 1.0 / (1.0 + s_t / rest); }
 
 // z (log S)^2, with log S = log s_t + log_odds.
 template <typename A>

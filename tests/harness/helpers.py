@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import fusee
 from tests.harness.spec import Arguments, Maker, OpSpec, Sample, detached, select
 
 
@@ -30,7 +31,9 @@ def chosen(
     smooth: bool = False,
 ) -> list[Sample]:
     """The samples of a record that a check wants; never none."""
-    samples = list(select(spec.samples(spec.make(dtype, device)), tiny=tiny, smooth=smooth))
+    emulated = device == "cpu" and fusee.engine("cpu") == "emulated"
+    every = spec.samples(spec.make(dtype, device))
+    samples = list(select(every, tiny=tiny, smooth=smooth, emulated=emulated))
     assert samples, f"{spec.name} has no samples for this check"
     return samples
 
@@ -68,8 +71,3 @@ def contiguous(arguments: Arguments) -> Arguments:
         k: v.detach().clone(memory_format=torch.contiguous_format) if isinstance(v, Tensor) else v
         for k, v in arguments.items()
     }
-
-
-def no_gradient_in(arguments: Arguments) -> Any:
-    """The arguments without anything that requires gradients."""
-    return detached(arguments)

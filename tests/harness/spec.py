@@ -56,7 +56,9 @@ class Sample:
     name: str
     arguments: Arguments
     tiny: bool = False
-    """A handful of elements: for gradcheck, for Hessians, and for the emulated engine."""
+    """A handful of elements: for gradcheck, for Hessians, for compiling."""
+    emulated: bool = True
+    """False where the emulated engine would take seconds: it runs about a thousand blocks a second."""
     smooth: bool = True
     """False where numbers are infinite or derivatives jump, which finite differences cannot see."""
 
@@ -194,8 +196,14 @@ def of_floats(arguments: Arguments, dtype: torch.dtype) -> Arguments:
     return map_tensors(arguments, lambda t: t.to(dtype) if t.is_floating_point() else t)
 
 
-def select(samples: Iterable[Sample], *, tiny: bool, smooth: bool = False) -> Iterator[Sample]:
-    """The samples that a check wants."""
+def select(
+    samples: Iterable[Sample], *, tiny: bool, smooth: bool = False, emulated: bool = False
+) -> Iterator[Sample]:
+    """The samples that a check wants, on the emulated engine or another."""
     for sample in samples:
-        if (sample.tiny or not tiny) and (sample.smooth or not smooth):
+        if (
+            (sample.tiny or not tiny)
+            and (sample.smooth or not smooth)
+            and (sample.emulated or not emulated)
+        ):
             yield sample

@@ -38,11 +38,11 @@ def _compare(
     assert ulps(actual, expected, least) <= bound
 
 
-def test_reference(spec: OpSpec, dtype: torch.dtype, device: str, tiny_only: bool) -> None:
+def test_reference(spec: OpSpec, dtype: torch.dtype, device: str) -> None:
     """The reference that ships computes what the kernels compute."""
     ops = shipped_ops()
     seen = set()
-    for sample in chosen(spec, dtype, device, tiny=tiny_only):
+    for sample in chosen(spec, dtype, device, tiny=False):
         for name, args in raw_calls(spec, sample):
             seen.add(name)
             for layout, arguments in layout_variants(args):
@@ -91,6 +91,7 @@ def test_opcheck(spec: OpSpec, device: str) -> None:
 
 @pytest.mark.tracing
 def test_the_table_is_complete() -> None:
-    """Every operator of the library has an ``Op`` and a record, and no record names another."""
+    """Every operator of the library has a record, and no record names another."""
     recorded = {name for spec in RECORDS for name in spec.raw}
-    assert schema_names() == set(shipped_ops()) == recorded
+    assert schema_names() == recorded
+    assert set(shipped_ops()) <= recorded

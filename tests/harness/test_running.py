@@ -72,6 +72,8 @@ def test_autocast(spec: OpSpec, dtype: torch.dtype, device: str, cast: torch.dty
             exact = spec.oracle(**exact_arguments)
             bound = 8 * torch.finfo(cast).eps
             assert relative_error(output, exact) <= bound
+            if not names:
+                continue
             tensors = [leaves[name] for name in names]
             grads = torch.autograd.grad(output, tensors, cotangent(output))
             _, expected = value_and_grad(
@@ -142,5 +144,5 @@ def test_every_function_has_a_record() -> None:
     """No public function is without a record."""
     from tests.harness.table import RECORDS
 
-    functions = {n for n, v in _documented() if inspect.isfunction(v)}
-    assert functions <= {f"fusee.{spec.name}" for spec in RECORDS} | {"fusee.engine"}
+    functions = {n.rpartition(".")[2] for n, v in _documented() if inspect.isfunction(v)}
+    assert functions <= {spec.name for spec in RECORDS}

@@ -27,9 +27,9 @@ from tests.harness.measure import (
 from tests.harness.spec import OpSpec, map_tensors, of_floats
 
 
-def test_values(spec: OpSpec, dtype: torch.dtype, device: str, tiny_only: bool) -> None:
+def test_values(spec: OpSpec, dtype: torch.dtype, device: str) -> None:
     """Results within the error bound, of the documented dtype."""
-    for sample in chosen(spec, dtype, device, tiny=tiny_only):
+    for sample in chosen(spec, dtype, device, tiny=False):
         with naming(sample.name):
             output = spec.function(**sample.arguments)
             exact = spec.oracle(**of_floats(sample.arguments, torch.float64))
@@ -38,9 +38,9 @@ def test_values(spec: OpSpec, dtype: torch.dtype, device: str, tiny_only: bool) 
             check_error(output, straightforward(spec, sample.arguments), exact, "result")
 
 
-def test_gradients(spec: OpSpec, dtype: torch.dtype, device: str, tiny_only: bool) -> None:
+def test_gradients(spec: OpSpec, dtype: torch.dtype, device: str) -> None:
     """First-order gradients within the error bound, in the dtype of their argument."""
-    for sample in chosen(spec, dtype, device, tiny=tiny_only):
+    for sample in chosen(spec, dtype, device, tiny=False):
         names = spec.has_gradient(sample.arguments)
         if not names:
             continue
@@ -65,9 +65,9 @@ def test_gradients(spec: OpSpec, dtype: torch.dtype, device: str, tiny_only: boo
                 check_error(grads[name], rough[name], exact[name], f"gradient in {name}")
 
 
-def test_properties(spec: OpSpec, dtype: torch.dtype, device: str, tiny_only: bool) -> None:
+def test_properties(spec: OpSpec, dtype: torch.dtype, device: str) -> None:
     """What the mathematics promises of every result."""
-    for sample in chosen(spec, dtype, device, tiny=tiny_only):
+    for sample in chosen(spec, dtype, device, tiny=False):
         output = spec.function(**sample.arguments)
         for name, holds in spec.properties.items():
             with naming(f"{sample.name}: {name}"):
@@ -76,11 +76,11 @@ def test_properties(spec: OpSpec, dtype: torch.dtype, device: str, tiny_only: bo
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts(
-    spec: OpSpec, dtype: torch.dtype, device: str, tiny_only: bool, layout: str
+    spec: OpSpec, dtype: torch.dtype, device: str, layout: str
 ) -> None:
     """The same results and gradients from any strides and offsets as from contiguous copies."""
     changed = False
-    for sample in chosen(spec, dtype, device, tiny=tiny_only):
+    for sample in chosen(spec, dtype, device, tiny=False):
         arguments = map_tensors(sample.arguments, LAYOUTS[layout])
         changed |= any(
             not t.is_contiguous() or t.storage_offset() for t in spec.tensors(arguments).values()
@@ -111,9 +111,9 @@ def test_gradient_layouts(spec: OpSpec, device: str) -> None:
                     assert ulps(actual[name], expected[name]) <= spec.ulps(torch.float32)
 
 
-def test_inputs_unwritten(spec: OpSpec, dtype: torch.dtype, device: str, tiny_only: bool) -> None:
+def test_inputs_unwritten(spec: OpSpec, dtype: torch.dtype, device: str) -> None:
     """Neither forward nor backward writes to an argument."""
-    for sample in chosen(spec, dtype, device, tiny=tiny_only):
+    for sample in chosen(spec, dtype, device, tiny=False):
         before = contiguous(sample.arguments)
         versions = {k: t._version for k, t in spec.tensors(sample.arguments).items()}
         everything(spec.function, sample.arguments, spec)
@@ -160,9 +160,9 @@ def test_nan(spec: OpSpec, dtype: torch.dtype, device: str) -> None:
                 pytest.fail(f"NaN left its row in the gradient in {name}")
 
 
-def test_same_bits_again(spec: OpSpec, dtype: torch.dtype, device: str, tiny_only: bool) -> None:
+def test_same_bits_again(spec: OpSpec, dtype: torch.dtype, device: str) -> None:
     """The same call gives the same bits."""
-    for sample in chosen(spec, dtype, device, tiny=tiny_only):
+    for sample in chosen(spec, dtype, device, tiny=False):
         first = everything(spec.function, sample.arguments, spec)
         again = everything(spec.function, sample.arguments, spec)
         with naming(sample.name):
@@ -170,18 +170,12 @@ def test_same_bits_again(spec: OpSpec, dtype: torch.dtype, device: str, tiny_onl
 
 
 def test_outputs_for_comparison(
-    spec: OpSpec, dtype: torch.dtype, tiny_only_cpu: bool, request: pytest.FixtureRequest
+    spec: OpSpec, dtype: torch.dtype, request: pytest.FixtureRequest
 ) -> None:
     """Keeps results and gradients, which ``test_engines.py`` compares across engines."""
     saved = request.config.stash[SAVED]
-    for sample in chosen(spec, dtype, tiny=tiny_only_cpu):
+    for sample in chosen(spec, dtype, tiny=False):
         key = f"{spec.name} | {str(dtype).removeprefix('torch.')} | {sample.name}"
         assert key not in saved, "two samples have the same name"
         saved[key] = everything(spec.function, sample.arguments, spec)
 
-
-@pytest.fixture
-def tiny_only_cpu() -> bool:
-    import fusee
-
-    return fusee.engine("cpu") == "emulated"

@@ -176,7 +176,7 @@ def _sized(make: Maker, n: int) -> Arguments:
 
 
 def _bytes(arguments: Arguments) -> tuple[int, int]:
-    """Forward reads logits and targets, and writes a loss and two statistics a row; backward reads
+    """Forward (one launch over the rows, one over their sums) reads logits and targets, and writes a loss and two statistics a row; backward reads
     logits, targets, statistics and the gradient of the loss, and writes the gradient."""
     x, y = arguments["input"], arguments["target"]
     size, rows = x.numel() * x.element_size(), y.numel()
@@ -214,8 +214,8 @@ RECORDS = [
         large=_large,
         not_batched=("weight",),
         traffic=(
-            Traffic("rows", _traffic(8, 4096), (1, 1), _bytes),
-            Traffic("narrow rows", _traffic(1024, 11), (1, 1), _bytes),
+            Traffic("rows", _traffic(8, 4096), (2, 1), _bytes),
+            Traffic("narrow rows", _traffic(1024, 11), (2, 1), _bytes),
         ),
     )
 ]

@@ -168,8 +168,11 @@ def perp_grad_(
             given twice, ``per`` is neither ``"tensor"`` nor ``"row"``, or ``tau`` is not in [0, 1).
         RuntimeError: a gradient is an expanded tensor, whose elements share memory.
 
-    The dot products have the precision of float64 in every dtype. (Magnitudes of float64 whose squares
-    leave its range, beyond about 1e154 or below 1e-162, count as infinite and as zero.) Deterministic:
+    The dot products have the precision of float64 in every dtype, and the last step rounds once. With
+    an angle of sine s between g and w, the norm is restored to about 1e-16 / s^2 (which shows in float64
+    only). Numbers of float64 whose squares leave its range, beyond about 1e154 or below 1e-162, count as
+    infinite and as zero; in float16 a large element of ``p`` may pass 65504 by the rescaling, and is
+    then infinite. Deterministic:
     the same bits on the same engine, whatever the number of threads. Not differentiable. Tensors of
     FSDP2 and tensor parallelism (DTensor) are projected as the whole tensors they stand for, by plain
     torch operators; flat shards of a parameter (FSDP1, ZeRO) are not known as such and must not be given.

@@ -1,0 +1,196 @@
+"""Trains a small classifier on handwritten digits, with softmax and with StableMax cross entropy.
+
+What `make demo` runs. The digits are scikit-learn's: 1797 real images of 8 x 8 pixels, which come with
+the package. For each seed, both losses get the same split, the same initial weights and the same order
+of batches. Every number printed is computed in the run.
+
+    python examples/demo.py                     about a minute on two cores
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import mean, stdev
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import torch
+import torch.nn.functional as F
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import fusee
+
+Loss = Callable[..., Tensor]
+LOSSES: dict[str, tuple[Loss, Callable[[Tensor], Tensor], str]] = {
+    "softmax": (F.cross_entropy, lambda x: x.softmax(1), "#c44e52"),
+    "StableMax": (fusee.stablemax_cross_entropy, fusee.stablemax, "#4c72b0"),
+}
+
+
+@dataclass
+class Split:
+    """Images as rows of 64 numbers in [0, 1], and their digits."""
+
+    x: Tensor
+    y: Tensor
+    x_test: Tensor
+    y_test: Tensor
+
+
+@dataclass
+class Run:
+    """One training: what was measured after every epoch, and what the test images got at the end."""
+
+    accuracy: list[float] = field(default_factory=list)
+    finished: list[float] = field(default_factory=list)
+    """The share of training images whose loss is exactly zero: they teach nothing any more."""
+    probabilities: Tensor = field(default_factory=lambda: torch.empty(0))
+    seconds: float = 0.0
+
+
+def split_digits(seed: int) -> Split:
+    """A quarter of the images, stratified, for the test."""
+    images, digits = load_digits(return_X_y=True)
+    x, x_test, y, y_test = train_test_split(
+        images / 16, digits, test_size=0.25, stratify=digits, random_state=seed
+    )
+    as_float = [torch.tensor(a, dtype=torch.float32) for a in (x, x_test)]
+    as_index = [torch.tensor(a, dtype=torch.int64) for a in (y, y_test)]
+    return Split(as_float[0], as_index[0], as_float[1], as_index[1])
+
+
+def train(name: str, data: Split, epochs: int, seed: int, advance: Callable[[], object]) -> Run:
+    """Trains one network with one loss."""
+    loss, normalize, _ = LOSSES[name]
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 10))
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    run = Run()
+    start = time.perf_counter()
+    for _ in range(epochs):
+        for batch in torch.randperm(len(data.x)).split(128):
+            optimizer.zero_grad()
+            loss(model(data.x[batch]), data.y[batch]).backward()
+            optimizer.step()
+        with torch.no_grad():
+            logits = model(data.x_test)
+            run.accuracy.append((logits.argmax(1) == data.y_test).float().mean().item())
+            losses = loss(model(data.x), data.y, reduction="none")
+            run.finished.append((losses == 0).float().mean().item())
+        advance()
+    run.seconds = time.perf_counter() - start
+    run.probabilities = normalize(logits)
+    return run
+
+
+def spread(values: list[float], digits: int, scale: float = 1.0) -> str:
+    """Mean and standard deviation over the seeds."""
+    deviation = stdev(values) if len(values) > 1 else 0.0
+    return f"{scale * mean(values):.{digits}f} ± {scale * deviation:.{digits}f}"
+
+
+def table(runs: dict[str, list[Run]], splits: list[Split]) -> str:
+    """One row for each loss; means and standard deviations over the seeds."""
+    head = ("", "test accuracy %", "chance given to truth", "loss exactly 0, %", "seconds a run")
+    lines = ["  ".join(f"{h:>21}" for h in head), "-" * 113]
+    for name, of_name in runs.items():
+        truth = [
+            r.probabilities.gather(1, s.y_test[:, None]).mean().item()
+            for r, s in zip(of_name, splits, strict=True)
+        ]
+        cells = (
+            name,
+            spread([r.accuracy[-1] for r in of_name], 2, 100),
+            spread(truth, 3),
+            spread([r.finished[-1] for r in of_name], 1, 100),
+            spread([r.seconds for r in of_name], 2),
+        )
+        lines.append("  ".join(f"{cell:>21}" for cell in cells))
+    return "\n".join(lines)
+
+
+def band(axis: plt.Axes, curves: list[list[float]], label: str, color: str) -> None:
+    """The mean over the seeds, and their range as a band."""
+    values = 100 * torch.tensor(curves)
+    epochs = torch.arange(1, values.shape[1] + 1)
+    axis.plot(epochs, values.mean(0), color=color, label=label, linewidth=2)
+    axis.fill_between(epochs, values.amin(0), values.amax(0), color=color, alpha=0.2, linewidth=0)
+
+
+def plot(runs: dict[str, list[Run]], splits: list[Split], path: Path) -> None:
+    """Curves of all seeds, and the test images of the first that gave most trouble."""
+    figure = plt.figure(figsize=(13, 4.4), layout="constrained")
+    left, right = figure.subfigures(1, 2, width_ratios=(8.2, 4.8))
+    axes = left.subplots(1, 2)
+    for name, of_name in runs.items():
+        color = LOSSES[name][2]
+        band(axes[0], [r.accuracy for r in of_name], name, color)
+        band(axes[1], [r.finished for r in of_name], name, color)
+    low = min(100 * min(r.accuracy[min(4, len(r.accuracy) - 1)] for r in rs) for rs in runs.values())
+    axes[0].set_ylim(low - 1, 100)
+    axes[0].set_title("test accuracy, %", fontsize=11)
+    axes[1].set_title("training images whose loss is exactly 0, %", fontsize=11)
+    axes[0].legend(loc="lower right", title=f"mean and range of {len(splits)} seeds")
+    for axis in axes:
+        axis.set_xlabel("epoch")
+        axis.grid(alpha=0.25)
+        axis.spines[["top", "right"]].set_visible(False)
+
+    data, first = splits[0], {name: of_name[0] for name, of_name in runs.items()}
+    rows = torch.arange(len(data.y_test))
+    trouble = sum(-r.probabilities[rows, data.y_test] for r in first.values())
+    cells = right.subplots(2, 4).flat
+    for cell, i in zip(cells, trouble.argsort(descending=True), strict=False):
+        cell.imshow(data.x_test[i].view(8, 8), cmap="gray_r")
+        cell.set_xticks([])
+        cell.set_yticks([])
+        cell.set_title(f"a {data.y_test[i]}", fontsize=9, pad=3)
+        for line, (name, run) in enumerate(first.items()):
+            chance, digit = run.probabilities[i].max(0)
+            cell.text(
+                0.5, -0.1 - 0.13 * line, f"{digit}: {100 * chance:.0f} %", ha="center", va="top",
+                transform=cell.transAxes, fontsize=9, color=LOSSES[name][2],
+            )
+    right.suptitle("the hardest test images, and what each network reads", fontsize=11)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--epochs", type=int, default=150)
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--output", type=Path, default=Path("build/demo/digits.png"))
+    options = parser.parse_args()
+
+    print(f"fusee {fusee.__version__}: the {fusee.engine()} engine serves the CPU")
+    splits = [split_digits(seed) for seed in range(options.seeds)]
+    runs: dict[str, list[Run]] = {name: [] for name in LOSSES}
+    with tqdm(total=len(LOSSES) * options.seeds * options.epochs, unit="epoch") as bar:
+        for seed, data in enumerate(splits):
+            for name in LOSSES:
+                bar.set_description(f"{name:9} seed {seed}")
+                runs[name].append(train(name, data, options.epochs, seed, bar.update))
+                bar.set_postfix(accuracy=f"{100 * runs[name][-1].accuracy[-1]:.2f} %")
+    plot(runs, splits, options.output)
+    counts = f"{len(splits[0].x)} training and {len(splits[0].x_test)} test images"
+    print(f"\n{counts}, {options.seeds} seeds, {options.epochs} epochs, float32\n")
+    print(table(runs, splits))
+    print("\nmean ± standard deviation over the seeds; the last three columns are of the last epoch")
+    print(f"picture: {options.output}")
+
+
+if __name__ == "__main__":
+    main()
