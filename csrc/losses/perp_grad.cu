@@ -1,9 +1,9 @@
 // PerpGrad in CUDA: all tensors in two launches, one that sums and one that rewrites.
 //
 // The table of tensors travels as a kernel argument, not through device memory: nothing is copied from
-// the host, and a captured CUDA graph keeps its own table. A team of threads, a warp for short units
-// and a block for others, works on one range of a unit. How units are cut depends on their lengths
-// alone, and no sum is atomic, so the result does not depend on the device.
+// the host, and a captured CUDA graph keeps its own table. A short unit is one warp's, which sums and
+// rewrites it in the first launch; a longer one is cut into ranges, each a block's. How units are cut
+// depends on their lengths alone, and no sum is atomic, so the result does not depend on the device.
 
 #include "losses/perp_grad.h"
 
@@ -30,20 +30,19 @@ struct Entry {
   void* grad;
   int64_t rows, length;
   int64_t first_unit;
-  int64_t first_slot;
   int32_t first_block;
   int16_t ranges;  // of each row; 0: each row by a warp
   int16_t type;
 };
 
 // A launch takes 32 KB of arguments, but is quicker with few.
-constexpr int kSmallTable = 64, kLargeTable = 576;
+constexpr int kSmallTable = 64, kLargeTable = 640;
 
 template <int kCapacity>
 struct Table {
   int32_t count;
   int32_t blocks;
-  int64_t slots;
+  int32_t range_blocks;  // those of the entries cut into ranges, which come first
   Entry entries[kCapacity];
 
   // The entry that a block works on: the last whose first block is not beyond it.
@@ -66,42 +65,35 @@ static_assert(sizeof(Table<kLargeTable>) + 64 <= 32764, "what a launch takes");
 // The part of the work that a thread takes part in.
 struct Team {
   int64_t row;         // of the entry
-  int64_t begin, end;  // within the row; empty for a warp without a row
-  int64_t row_slot;    // where the sums of the row's ranges are kept
-  int range, ranges;
-  bool warp;  // whether the team is a warp, not the block
+  int64_t begin, end;  // within the row
+  int range;
   int rank, size;
 
   FUSEE_DEVICE Team(const Entry& entry, int block) {
     const int local = block - entry.first_block;
-    warp = entry.ranges == 0;
-    if (warp) {
+    if (entry.ranges == 0) {
       row = static_cast<int64_t>(local) * kWarps + (thread_rank() >> 5);
-      begin = 0;
-      end = row < entry.rows ? entry.length : 0;
       range = 0;
-      ranges = 1;
+      begin = 0;
+      end = entry.length;
       rank = thread_rank() & 31;
       size = 32;
     } else {
-      ranges = entry.ranges;
-      row = local / ranges;
-      range = local % ranges;
+      row = local / entry.ranges;
+      range = local % entry.ranges;
       // Ranges of equal size, in whole pieces of 64 elements, so that all begin on the same alignment.
-      const int64_t share = ((entry.length + ranges - 1) / ranges + 63) / 64 * 64;
+      const int64_t share = ((entry.length + entry.ranges - 1) / entry.ranges + 63) / 64 * 64;
       begin = range * share < entry.length ? range * share : entry.length;
       end = begin + share < entry.length ? begin + share : entry.length;
       rank = thread_rank();
       size = kThreads;
     }
-    row_slot = entry.first_slot + row * ranges;
-  }
-
-  FUSEE_DEVICE Dots sum(const Dots& dots, const Shared<double>& scratch) const {
-    if (warp) return {warp_sum(dots.ww), warp_sum(dots.wg), warp_sum(dots.gg)};
-    return {block_sum(dots.ww, scratch), block_sum(dots.wg, scratch), block_sum(dots.gg, scratch)};
   }
 };
+
+FUSEE_DEVICE Dots block_sum_dots(const Dots& dots, const Shared<double>& scratch) {
+  return {block_sum(dots.ww, scratch), block_sum(dots.wg, scratch), block_sum(dots.gg, scratch)};
+}
 
 // The dot products of a few elements. Floats are multiplied and added with their rounding errors carried
 // along, which gives about the precision of double at the speed of float, and first scaled by powers
@@ -264,84 +256,88 @@ FUSEE_DEVICE void by_type(const Entry& entry, const F& f) {
   }
 }
 
+struct Options {
+  Global<bool> degenerate;
+  double threshold;
+  bool rescale;
+};
+
+// Rewrites the team's part of a unit whose dot products are known.
+template <typename T>
+FUSEE_DEVICE void project(const Entry& entry, const Team& team, const Dots& dots,
+                          const Options& options) {
+  using A = accumulate_t<T>;
+  const double ratio = degenerate_ratio<T>(options.threshold);
+  const Projection projection = Projection::from(dots, options.rescale, ratio);
+  if (team.rank == 0 && team.range == 0)
+    store(options.degenerate, entry.first_unit + team.row, projection.action == Projection::kZero);
+  if (projection.action == Projection::kKeep) return;
+  const Global<const T> w = row_of<const T>(entry.weight, entry, team);
+  const Global<T> g = row_of<T>(entry.grad, entry, team);
+  if (projection.action == Projection::kZero) {
+    team_rewrite<A>(team, w, g, [](A, A) { return A(0); });
+  } else if (std::is_same_v<A, float> && Projector<float>::suits(projection)) {
+    team_rewrite<A>(team, w, g, Projector<A>(projection));
+  } else {
+    team_rewrite<double>(team, w, g, Projector<double>(projection));
+  }
+}
+
 template <int kCapacity>
 __global__ void __launch_bounds__(kThreads)
-    sum_kernel(const __grid_constant__ Table<kCapacity> table, Global<double> sums) {
+    sum_kernel(const __grid_constant__ Table<kCapacity> table, Global<double> sums,
+               const Options options) {
   FUSEE_SHARED(double, scratch, 32);
   const int block = static_cast<int>(blockIdx.x);
   const Entry& entry = table.entries[table.find(block)];
   const Team team(entry, block);
+  if (team.row >= entry.rows) return;  // whole warps, of blocks without barriers
   by_type(entry, [&]<typename T>(T) {
-    Dots dots;
-    if (team.begin < team.end)
-      dots = team_dots<T>(team, row_of<const T>(entry.weight, entry, team),
-                          row_of<const T>(entry.grad, entry, team));
-    dots = team.sum(dots, scratch);
-    if (team.rank != 0 || team.row >= entry.rows) return;
-    const int64_t slot = team.row_slot + team.range;
-    store(sums, slot, dots.ww);
-    store(sums, table.slots + slot, dots.wg);
-    store(sums, 2 * table.slots + slot, dots.gg);
+    const Dots dots = team_dots<T>(team, row_of<const T>(entry.weight, entry, team),
+                                   row_of<const T>(entry.grad, entry, team));
+    if (entry.ranges == 0) {
+      const Dots all{warp_sum(dots.ww), warp_sum(dots.wg), warp_sum(dots.gg)};
+      // No lane may write what another has yet to read.
+      __syncwarp();
+      project<T>(entry, team, all, options);
+      return;
+    }
+    const Dots all = block_sum_dots(dots, scratch);
+    if (team.rank != 0) return;
+    store(sums, block, all.ww);
+    store(sums, table.range_blocks + block, all.wg);
+    store(sums, 2 * static_cast<int64_t>(table.range_blocks) + block, all.gg);
   });
 }
 
 template <int kCapacity>
 __global__ void __launch_bounds__(kThreads)
     project_kernel(const __grid_constant__ Table<kCapacity> table, Global<const double> sums,
-                   Global<bool> degenerate, bool rescale, double threshold) {
+                   const Options options) {
   FUSEE_SHARED(double, scratch, 32);
   const int block = static_cast<int>(blockIdx.x);
   const Entry& entry = table.entries[table.find(block)];
   const Team team(entry, block);
   Dots dots;
-  if (team.row < entry.rows) {
-    for (int i = team.rank; i < team.ranges; i += team.size) {
-      const int64_t slot = team.row_slot + i;
-      dots = dots + Dots{load(sums, slot), load(sums, table.slots + slot),
-                         load(sums, 2 * table.slots + slot)};
-    }
+  for (int i = team.rank; i < entry.ranges; i += kThreads) {
+    const int64_t at = block - team.range + i, count = table.range_blocks;
+    dots = dots + Dots{load(sums, at), load(sums, count + at), load(sums, 2 * count + at)};
   }
-  dots = team.sum(dots, scratch);
-  if (team.row >= entry.rows) return;
-
-  by_type(entry, [&]<typename T>(T) {
-    using A = accumulate_t<T>;
-    const double ratio = degenerate_ratio<T>(threshold);
-    const Projection projection = Projection::from(dots, rescale, ratio);
-    if (team.rank == 0 && team.begin == 0)
-      store(degenerate, entry.first_unit + team.row, projection.action == Projection::kZero);
-    if (projection.action == Projection::kKeep) return;
-    const Global<const T> w = row_of<const T>(entry.weight, entry, team);
-    const Global<T> g = row_of<T>(entry.grad, entry, team);
-    if (projection.action == Projection::kZero) {
-      team_rewrite<A>(team, w, g, [](A, A) { return A(0); });
-    } else if (std::is_same_v<A, float> && Projector<float>::suits(projection)) {
-      team_rewrite<A>(team, w, g, Projector<A>(projection));
-    } else {
-      team_rewrite<double>(team, w, g, Projector<double>(projection));
-    }
-  });
+  dots = block_sum_dots(dots, scratch);
+  by_type(entry, [&]<typename T>(T) { project<T>(entry, team, dots, options); });
 }
 
 template <int kCapacity>
-void launch_table(const Table<kCapacity>& table, const Tensor& any, const Tensor& degenerate,
-                  bool rescale, double threshold, const Context& context) {
-  const Tensor sums = empty(any, {3, table.slots}, ScalarType::Double);
+void launch_table(const Table<kCapacity>& table, const Tensor& any, const Options& options,
+                  const Context& context) {
+  // The sums of each block of a cut unit.
+  const Tensor sums = empty(any, {3, table.range_blocks}, ScalarType::Double);
   launch(&sum_kernel<kCapacity>, table.blocks, kThreads, 0, context.stream, table,
-         output<double>(sums));
-  launch(&project_kernel<kCapacity>, table.blocks, kThreads, 0, context.stream, table,
-         input<double>(sums), output<bool>(degenerate), rescale, threshold);
-}
-
-// How many blocks a tensor takes; sets how its rows are cut.
-int64_t cut(Entry& entry) {
-  if (entry.length <= kWarpElements) {
-    entry.ranges = 0;
-    return (entry.rows + kWarps - 1) / kWarps;
+         output<double>(sums), options);
+  if (table.range_blocks != 0) {
+    launch(&project_kernel<kCapacity>, table.range_blocks, kThreads, 0, context.stream, table,
+           input<double>(sums), options);
   }
-  const int64_t ranges = (entry.length + kRangeElements - 1) / kRangeElements;
-  entry.ranges = static_cast<int16_t>(std::min(ranges, kMaxRanges));
-  return entry.rows * entry.ranges;
 }
 
 Tensor perp_grad_(std::vector<Tensor> weights, std::vector<Tensor> grads, bool per_row, bool rescale,
@@ -352,36 +348,39 @@ Tensor perp_grad_(std::vector<Tensor> weights, std::vector<Tensor> grads, bool p
   Tensor degenerate = empty(grads[0], {pairs.units}, ScalarType::Bool);
 
   std::vector<Entry> entries;
-  std::vector<int64_t> blocks;
   for (const Pair& pair : pairs.all) {
     if (pair.rows == 0) continue;
     // Kept units are entries of empty rows, which only report that they are not degenerate.
     const int64_t length = pair.keep ? 0 : pair.length;
-    Entry entry{pair.weight.const_data_ptr(),
-                pair.grad.mutable_data_ptr(),
-                pair.rows,
-                length,
-                pair.first_unit,
-                0,
-                0,
-                0,
-                static_cast<int16_t>(pair.type)};
-    blocks.push_back(cut(entry));
-    entries.push_back(entry);
+    const int64_t ranges = (length + kRangeElements - 1) / kRangeElements;
+    entries.push_back({pair.weight.const_data_ptr(), pair.grad.mutable_data_ptr(), pair.rows, length,
+                       pair.first_unit, 0,
+                       static_cast<int16_t>(length <= kWarpElements ? 0 : std::min(ranges, kMaxRanges)),
+                       static_cast<int16_t>(pair.type)});
   }
+  // The second launch is for the first blocks.
+  std::stable_partition(entries.begin(), entries.end(),
+                        [](const Entry& entry) { return entry.ranges != 0; });
+
+  const Options options{output<bool>(degenerate), threshold, rescale};
   auto run = [&]<int kCapacity>(size_t begin, size_t end) {
     Table<kCapacity> table{};
-    int64_t total = 0;
+    int64_t blocks = 0, range_blocks = 0;
     for (size_t i = begin; i < end; ++i) {
-      entries[i].first_block = static_cast<int32_t>(total);
-      entries[i].first_slot = table.slots;
-      table.entries[table.count++] = entries[i];
-      table.slots += entries[i].rows * std::max<int64_t>(1, entries[i].ranges);
-      total += blocks[i];
+      Entry entry = entries[i];
+      entry.first_block = static_cast<int32_t>(blocks);
+      table.entries[table.count++] = entry;
+      if (entry.ranges == 0) {
+        blocks += (entry.rows + kWarps - 1) / kWarps;
+      } else {
+        blocks += entry.rows * entry.ranges;
+        range_blocks = blocks;
+      }
+      FUSEE_REQUIRE(blocks < INT32_MAX, "too many rows for one launch");
     }
-    FUSEE_REQUIRE(total < INT32_MAX, "too many rows for one launch");
-    table.blocks = static_cast<int32_t>(total);
-    launch_table(table, grads[0], degenerate, rescale, threshold, context);
+    table.blocks = static_cast<int32_t>(blocks);
+    table.range_blocks = static_cast<int32_t>(range_blocks);
+    launch_table(table, grads[0], options, context);
   };
   for (size_t begin = 0; begin < entries.size(); begin += kLargeTable) {
     const size_t end = std::min(entries.size(), begin + kLargeTable);

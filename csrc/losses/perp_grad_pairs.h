@@ -55,7 +55,7 @@ class Pairs {
     FUSEE_REQUIRE(weight.device() == first.device() && grad.device() == first.device(),
                   "weights and grads must all be on one device, which those at ", i, " are not");
     for (int64_t d = 0; d < grad.dim(); ++d)
-      FUSEE_REQUIRE(grad.stride(d) != 0 || grad.size(d) <= 1,
+      FUSEE_REQUIRE(grad.stride(d) != 0 || grad.size(d) <= 1 || grad.numel() == 0,
                     "grads must not be expanded, they are written to, which that at ", i, " is");
     dispatch_floating(grad.scalar_type(), [](auto) {});
   }

@@ -73,10 +73,13 @@ struct RowSum {
   FUSEE_HOST_DEVICE double value() const { return positive * 0x1p64 + negative; }
   FUSEE_HOST_DEVICE double scaled() const { return positive + negative * 0x1p-64; }
 
+  FUSEE_HOST_DEVICE bool large() const {
+    return positive > 1.0 && positive <= std::numeric_limits<double>::max();
+  }
+
   FUSEE_HOST_DEVICE double log() const {
-    const bool large = positive > 1.0 && positive <= std::numeric_limits<double>::max();
-    return large ? log_nonnegative(scaled()) + 64 * 0.693147180559945309417
-                 : log_nonnegative(value());
+    return large() ? log_nonnegative(scaled()) + 64 * 0.693147180559945309417
+                   : log_nonnegative(value());
   }
 };
 
@@ -87,9 +90,8 @@ struct Normalizer {
 
   Normalizer() = default;
   FUSEE_HOST_DEVICE explicit Normalizer(const RowSum& sum) {
-    const bool large = sum.positive > 1.0 && sum.positive <= std::numeric_limits<double>::max();
-    unit = large ? A(0x1p-64) : A(1);
-    total = static_cast<A>(large ? sum.scaled() : sum.value());
+    unit = sum.large() ? A(0x1p-64) : A(1);
+    total = static_cast<A>(sum.large() ? sum.scaled() : sum.value());
   }
   // From the saved S, which is infinite only where every quotient may round to zero.
   FUSEE_HOST_DEVICE explicit Normalizer(double sum) {

@@ -28,6 +28,10 @@ struct Problem {
   double smooth() const { return options.label_smoothing / static_cast<double>(classes()); }
   bool spreads() const { return probabilities || options.label_smoothing != 0; }
   bool ignored(int64_t row) const { return target && target[row] == options.ignore_index; }
+  // The loss and the gradient of a row without a loss, whatever its logits hold.
+  A lost_value(int64_t row) const {
+    return ignored(row) ? A(0) : std::numeric_limits<A>::quiet_NaN();
+  }
   bool out_of_range(int64_t row) const {
     return target && (target[row] < 0 || target[row] >= classes());
   }
@@ -134,25 +138,25 @@ void sum_tile(const Problem<T>& p, const Tile& tile, const Pivot* pivots, const 
   });
 }
 
-// The losses and the saved values of a tile, from R and s_t of its rows. Written in plain arrays, which
-// vectorise where small structures do not.
+// The losses and the saved values of a tile, from the odds against its rows' pivots and S. Loops over
+// plain arrays vectorise where loops over small structures do not.
 template <typename T, typename A = accumulate_t<T>>
-void finish_tile(const Problem<T>& p, const Tile& tile, const Pivot* pivots, const double* rest,
-                 const double* s_t, double* odds, const double* spread, const A* x_pivot, A* loss,
-                 RowStats<A>* stats) {
+void finish_tile(const Problem<T>& p, const Tile& tile, const Pivot* pivots, const double* odds,
+                 const double* log_odds, const double* sum, const double* spread, const A* x_pivot,
+                 A* loss, RowStats<A>* stats) {
   double share[kLanes];
 #pragma omp simd
-  for (int i = 0; i < tile.lanes; ++i) share[i] = rest_share(rest[i], s_t[i]);
+  for (int i = 0; i < tile.lanes; ++i) share[i] = rest_share(odds[i]);
   for (int i = 0; i < tile.lanes; ++i) {
-    stats[i] = {static_cast<A>(rest[i] + s_t[i]), static_cast<A>(share[i])};
-    loss[i] = static_cast<A>(pivots[i].total * odds[i] + spread[i]);
+    stats[i] = {static_cast<A>(sum[i]), static_cast<A>(share[i])};
+    loss[i] = static_cast<A>(pivots[i].total * log_odds[i] + spread[i]);
   }
   if (p.options.z_loss != 0)
     for (int i = 0; i < tile.lanes; ++i)
-      loss[i] += static_cast<A>(z_term(odds[i], x_pivot[i], p.options.z_loss));
+      loss[i] += static_cast<A>(z_term(log_odds[i], x_pivot[i], p.options.z_loss));
   for (int i = 0; i < tile.lanes; ++i) {
     if (pivots[i].at >= 0) continue;
-    loss[i] = p.ignored(tile.row + i) ? A(0) : std::numeric_limits<A>::quiet_NaN();
+    loss[i] = p.lost_value(tile.row + i);
     stats[i] = {A(1), A(0)};
   }
 }
@@ -170,18 +174,15 @@ void forward_tile(const Problem<T>& p, const Tile& tile, A* loss, RowStats<A>* s
   if (p.spreads())
     for (int i = 0; i < tile.lanes; ++i) symlog_pivot[i] = symlog(x_pivot[i]);
   sum_tile(p, tile, pivots, symlog_pivot, sums);
-  double rest[kLanes], s_t[kLanes], odds[kLanes];
-#pragma omp simd
+  double odds[kLanes], log_odds_[kLanes], sum[kLanes];
   for (int i = 0; i < tile.lanes; ++i) {
-    rest[i] = RowSum::value_from<A>(sums[0][i], sums[1][i]);
-    s_t[i] = stable_exp(static_cast<double>(x_pivot[i]));
+    const RowSum rest = RowSum::from<A>(sums[0][i], sums[1][i]);
+    const double s_t = stable_exp(static_cast<double>(x_pivot[i]));
+    odds[i] = odds_against(rest, s_t);
+    log_odds_[i] = log_odds(odds[i], rest, x_pivot[i]);
+    sum[i] = rest.value() + s_t;
   }
-#pragma omp simd
-  for (int i = 0; i < tile.lanes; ++i) odds[i] = log1p_nonnegative(rest[i] / s_t[i]);
-  if constexpr (sizeof(A) == 8)
-    for (int i = 0; i < tile.lanes; ++i)
-      odds[i] = log_odds(RowSum::from<A>(sums[0][i], sums[1][i]), x_pivot[i]);
-  finish_tile(p, tile, pivots, rest, s_t, odds, sums[2], x_pivot, loss, stats);
+  finish_tile(p, tile, pivots, odds, log_odds_, sum, sums[2], x_pivot, loss, stats);
 }
 
 // Rows too short for a vector, with nothing but the target's own coefficient: the elements of all rows
@@ -202,26 +203,30 @@ void forward_flat(const Problem<T>& p, const Tile& tile, A* loss, RowStats<A>* s
   Pivot pivots[kLanes];
   tile_pivots(p, tile, pivots);
   A x_pivot[kLanes];
-  double rest[kLanes], s_t[kLanes], odds[kLanes], spread[kLanes];
+  double rest[kLanes], odds[kLanes], log_odds[kLanes], sum[kLanes], spread[kLanes] = {};
   for (int i = 0; i < tile.lanes; ++i) {
-    double* row = terms + i * classes;
-    const int at = static_cast<int>(std::max<int64_t>(0, pivots[i].at));
-    x_pivot[i] = static_cast<A>(x[i * classes + at]);
-    row[at] = 0;
-    double sum = 0;
-    for (int c = 0; c < classes; ++c) sum += row[c];
-    rest[i] = sum;
-    spread[i] = 0;
+    const int at = i * classes + static_cast<int>(std::max<int64_t>(0, pivots[i].at));
+    x_pivot[i] = static_cast<A>(x[at]);
+    terms[at] = 0;
+  }
+  for (int i = 0; i < tile.lanes; ++i) {
+    double total = 0;
+    for (int c = 0; c < classes; ++c) total += terms[i * classes + c];
+    rest[i] = total;
   }
 #pragma omp simd
-  for (int i = 0; i < tile.lanes; ++i) s_t[i] = stable_exp(static_cast<double>(x_pivot[i]));
+  for (int i = 0; i < tile.lanes; ++i) {
+    const double s_t = stable_exp(static_cast<double>(x_pivot[i]));
+    odds[i] = rest[i] / s_t;
+    sum[i] = rest[i] + s_t;
+  }
 #pragma omp simd
-  for (int i = 0; i < tile.lanes; ++i) odds[i] = log1p_nonnegative(rest[i] / s_t[i]);
-  finish_tile(p, tile, pivots, rest, s_t, odds, spread, x_pivot, loss, stats);
+  for (int i = 0; i < tile.lanes; ++i) log_odds[i] = log1p_nonnegative(odds[i]);
+  finish_tile(p, tile, pivots, odds, log_odds, sum, spread, x_pivot, loss, stats);
 }
 
 template <typename T, typename A>
-void backward_flat(const Problem<T>& p, const Tile& tile, const RowGradient<A>* gradients,
+void backward_flat(const Problem<T>& p, const Tile& tile, const A* over_sum,
                    T* FUSEE_RESTRICT output) {
   constexpr int kWidth = 16;
   const int classes = static_cast<int>(p.classes()), n = tile.lanes * classes;
@@ -231,7 +236,7 @@ void backward_flat(const Problem<T>& p, const Tile& tile, const RowGradient<A>* 
   A factor[kLanes * kShortRow + kWidth];
   for (int i = 0; i < tile.lanes; ++i)
     for (int c = 0; c < classes; c += kWidth)
-      std::fill_n(factor + i * classes + c, kWidth, gradients[i].over_sum);
+      std::fill_n(factor + i * classes + c, kWidth, over_sum[i]);
 #pragma omp simd
   for (int k = 0; k < n; ++k) {
     const A value = static_cast<A>(x[k]);
@@ -244,42 +249,46 @@ void backward_tile(const Problem<T>& p, const Tile& tile, const A* h, const RowS
                    T* FUSEE_RESTRICT output) {
   Pivot pivots[kLanes];
   tile_pivots(p, tile, pivots);
-  RowGradient<A> gradients[kLanes];
-  A scale[kLanes];  // of the coefficients: h, and zero in a row without a loss
-  for (int i = 0; i < tile.lanes; ++i) {
-    gradients[i] = RowGradient<A>(h[i], stats[i], pivots[i].total, pivots[i].remainder,
-                                  static_cast<A>(p.options.z_loss));
-    scale[i] = h[i];
-    if (pivots[i].at < 0) {
-      scale[i] = 0;
-      gradients[i].over_sum =
-          p.ignored(tile.row + i) ? A(0) : std::numeric_limits<A>::quiet_NaN();
-    }
-  }
   const T* FUSEE_RESTRICT input = p.input;
+  A x_pivot[kLanes], over_sum[kLanes], at_pivot[kLanes];
+  for (int i = 0; i < tile.lanes; ++i)
+    x_pivot[i] = static_cast<A>(
+        input[tile.first + i * tile.lane_step + std::max<int64_t>(0, pivots[i].at) * tile.step]);
+  const A z_loss = static_cast<A>(p.options.z_loss);
+#pragma omp simd
+  for (int i = 0; i < tile.lanes; ++i) {
+    const RowGradient<A> gradient(h[i], stats[i].sum, stats[i].rest, pivots[i].total,
+                                  pivots[i].remainder, z_loss);
+    over_sum[i] = gradient.over_sum;
+    at_pivot[i] = gradient.at_pivot(x_pivot[i]);
+  }
   if (is_flat(p)) {
-    backward_flat(p, tile, gradients, output);
+    backward_flat(p, tile, over_sum, output);
   } else if (p.spreads()) {
     with_coefficient(p, [&](const auto& coefficient) {
       for_each_element(tile, p.classes(), [&](int i, int64_t) {
-        return [=, gradient = gradients[i], s = scale[i]](int64_t c, int64_t at) {
+        return [=, factor = over_sum[i], scale = h[i]](int64_t c, int64_t at) {
           output[at] = static_cast<T>(
-              gradient.at(static_cast<A>(input[at]), s * coefficient(at, c)));
+              row_derivative(static_cast<A>(input[at]), factor, scale * coefficient(at, c)));
         };
       });
     });
   } else {
     for_each_element(tile, p.classes(), [&](int i, int64_t) {
-      return [=, over_sum = gradients[i].over_sum](int64_t, int64_t at) {
+      return [=, factor = over_sum[i]](int64_t, int64_t at) {
         const A x = static_cast<A>(input[at]);
-        output[at] = static_cast<T>(over_sum * stable_exp_derivative(x, reciprocal(x)));
+        output[at] = static_cast<T>(factor * stable_exp_derivative(x, reciprocal(x)));
       };
     });
   }
   for (int i = 0; i < tile.lanes; ++i) {
-    if (pivots[i].at < 0) continue;
-    const int64_t at = tile.first + i * tile.lane_step + pivots[i].at * tile.step;
-    output[at] = static_cast<T>(gradients[i].at_pivot(static_cast<A>(input[at])));
+    T* row = output + tile.first + i * tile.lane_step;
+    if (pivots[i].at >= 0) {
+      row[pivots[i].at * tile.step] = static_cast<T>(at_pivot[i]);
+    } else {
+      const T value = static_cast<T>(p.lost_value(tile.row + i));
+      for (int64_t c = 0; c < p.classes(); ++c) row[c * tile.step] = value;
+    }
   }
 }
 

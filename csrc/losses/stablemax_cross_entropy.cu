@@ -58,8 +58,10 @@ struct Target {
     const A given = indices ? A(0) : static_cast<A>(1 - options.label_smoothing) * q;
     return class_weight(c) * (given + static_cast<A>(smooth()));
   }
-  FUSEE_DEVICE bool ignored(int64_t row) const {
-    return indices && load(indices, row) == options.ignore_index;
+  // The loss and the gradient of a row without a loss, whatever its logits hold.
+  FUSEE_DEVICE A lost_value(int64_t row) const {
+    return load(indices, row) == options.ignore_index ? A(0)
+                                                      : std::numeric_limits<A>::quiet_NaN();
   }
 
   template <typename View>
@@ -134,13 +136,14 @@ struct Forward {
     if (!view.leader()) return;
     RowStats<A> saved{A(1), A(0)};
     if (pivot.at < 0) {
-      value = target.ignored(view.row()) ? 0.0 : std::numeric_limits<double>::quiet_NaN();
+      value = target.lost_value(view.row());
     } else {
-      const double odds = log_odds(rest, x_t);
-      value += pivot.total * odds;
-      if (target.options.z_loss != 0) value += z_term(odds, x_t, target.options.z_loss);
       const double s_t = stable_exp(static_cast<double>(x_t));
-      saved = {static_cast<A>(rest.value() + s_t), static_cast<A>(rest_share(rest.value(), s_t))};
+      const double odds = odds_against(rest, s_t);
+      const double logarithm = log_odds(odds, rest, x_t);
+      value += pivot.total * logarithm;
+      if (target.options.z_loss != 0) value += z_term(logarithm, x_t, target.options.z_loss);
+      saved = {static_cast<A>(rest.value() + s_t), static_cast<A>(rest_share(odds))};
     }
     store(loss, view.row(), static_cast<A>(value));
     store(stats, 2 * view.row(), Vector<A, 2>{{saved.sum, saved.rest}});
@@ -164,18 +167,17 @@ struct Backward {
     if (!view.active()) return;
     const A h = load(grad, view.row() * grad_stride);
     const Vector<A, 2> saved = load<2>(stats, 2 * view.row());
-    RowGradient<A> gradient(h, RowStats<A>{saved[0], saved[1]}, pivot.total, pivot.remainder,
-                            static_cast<A>(target.options.z_loss));
-    A scale = h;
+    const RowGradient<A> gradient(h, saved[0], saved[1], pivot.total, pivot.remainder,
+                                  static_cast<A>(target.options.z_loss));
     if (pivot.at < 0) {
-      scale = 0;
-      gradient.over_sum =
-          target.ignored(view.row()) ? A(0) : std::numeric_limits<A>::quiet_NaN();
+      const A value = target.lost_value(view.row());
+      view.transform([&](int64_t, A, A) { return value; });
+      return;
     }
     const bool spreads = target.spreads();
     view.transform([&](int64_t j, A x, A q) {
-      const A c = spreads ? scale * target.coefficient(j, q) : A(0);
-      return j == pivot.at ? gradient.at_pivot(x) : gradient.at(x, c);
+      const A c = spreads ? h * target.coefficient(j, q) : A(0);
+      return j == pivot.at ? gradient.at_pivot(x) : row_derivative(x, gradient.over_sum, c);
     });
   }
 };

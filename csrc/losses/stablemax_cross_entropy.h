@@ -39,25 +39,35 @@ FUSEE_HOST_DEVICE A checked_class_weight(A weight) {
   return weight >= A(0) ? weight : std::numeric_limits<A>::quiet_NaN();
 }
 
-// log1p(R / s_t), given R rounded to double, and as it is for a float64 row whose ratio may lie past
-// the range of double.
-template <typename A>
-FUSEE_HOST_DEVICE double log_odds(const RowSum& rest, A x_t) {
-  const double x = static_cast<double>(x_t);
-  const double ratio = rest.value() / stable_exp(x);
-  const double odds = log1p_nonnegative(ratio);
-  if constexpr (sizeof(A) == 8) return ratio > 1e300 ? rest.log() - symlog(x) : odds;
-  return odds;
+// The odds R / s_t against the pivot, where `rest` sums the row without it. A float64 R may overflow
+// where the quotient does not.
+FUSEE_HOST_DEVICE double odds_against(const RowSum& rest, double s_t) {
+  return rest.large() ? rest.scaled() / (s_t * 0x1p-64) : rest.value() / s_t;
 }
 
-// Q = R / S, written so that it is right for R = 0 and for infinite R.
-FUSEE_HOST_DEVICE double rest_share(double rest, double s_t) { return 1.0 / (1.0 + s_t / rest); }
-
-// z (log S)^2, with log S = log s_t + log_odds.
+// log1p(R / s_t). Only a float64 row has odds past the range of double; their logarithm is taken apart.
 template <typename A>
-FUSEE_HOST_DEVICE double z_term(double odds, A x_t, double z_loss) {
-  const double log_sum = odds + symlog(static_cast<double>(x_t));
+FUSEE_HOST_DEVICE double log_odds(double odds, const RowSum& rest, A x_t) {
+  const double result = log1p_nonnegative(odds);
+  if constexpr (sizeof(A) == 8) return odds > 1e300 ? rest.log() - symlog(x_t) : result;
+  return result;
+}
+
+// Q = R / S from the odds, right from zero to infinity.
+FUSEE_HOST_DEVICE double rest_share(double odds) { return 1.0 / (1.0 + 1.0 / odds); }
+
+// z (log S)^2, with log S = log s_t + log1p(R / s_t).
+template <typename A>
+FUSEE_HOST_DEVICE double z_term(double log_odds, A x_t, double z_loss) {
+  const double log_sum = log_odds + symlog(static_cast<double>(x_t));
   return z_loss * log_sum * log_sum;
+}
+
+// d loss / d x_j of an ordinary class, from h A / S and h c_j.
+template <typename A>
+FUSEE_HOST_DEVICE A row_derivative(A x, A over_sum, A coefficient) {
+  const A r = reciprocal(x);
+  return over_sum * stable_exp_derivative(x, r) - coefficient * r;
 }
 
 // The row's factors in the derivative, with the incoming gradient h already multiplied in.
@@ -68,28 +78,22 @@ struct RowGradient {
   A own;           // h c_t
   bool confident;  // s_t / S > 1/2, where the pivot's derivative cancels unless written with Q
 
-  RowGradient() = default;
-  // `remainder` is K - c_t, which the caller knows without cancellation.
-  FUSEE_HOST_DEVICE RowGradient(A h, const RowStats<A>& stats, double total, double remainder,
-                                A z_loss) {
-    const A z = z_loss == A(0) ? A(0) : A(2) * z_loss * log_nonnegative(stats.sum);
+  // `rest` is Q and `remainder` is K - c_t, which the caller knows without cancellation.
+  FUSEE_HOST_DEVICE RowGradient(A h, A sum, A rest, double total, double remainder, A z_loss) {
+    const A z = z_loss == A(0) ? A(0) : A(2) * z_loss * log_nonnegative(sum);
     const A k = static_cast<A>(total);
     // A row of the most negative numbers has a subnormal S; kept finite, its quotient times r^2 is 0.
-    const A quotient = h * (k + z) / stats.sum;
+    const A quotient = h * (k + z) / sum;
     const A limit = std::numeric_limits<A>::max();
     over_sum = quotient > limit ? limit : quotient < -limit ? -limit : quotient;
-    pivot = h * (static_cast<A>(remainder) - k * stats.rest + z * (A(1) - stats.rest));
+    pivot = h * (static_cast<A>(remainder) - k * rest + z * (A(1) - rest));
     own = h * static_cast<A>(total - remainder);
-    confident = stats.rest < A(0.5);
+    confident = rest < A(0.5);
   }
 
-  // d loss / d x_j of an ordinary class; `coefficient` is h c_j.
-  FUSEE_HOST_DEVICE A at(A x, A coefficient) const {
-    const A r = reciprocal(x);
-    return over_sum * stable_exp_derivative(x, r) - coefficient * r;
-  }
   FUSEE_HOST_DEVICE A at_pivot(A x) const {
-    return confident ? pivot * reciprocal(x) : at(x, own);
+    const A plain = row_derivative(x, over_sum, own);
+    return confident ? pivot * reciprocal(x) : plain;
   }
 };
 

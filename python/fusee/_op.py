@@ -208,6 +208,14 @@ def fold_batch(
     return folded
 
 
-def unfold_batch(info: Any, tensor: Tensor) -> Tensor:
-    """The inverse of :func:`fold_batch` for a result."""
-    return tensor.unflatten(0, (info.batch_size, -1 if tensor.shape[0] else 0))
+def unfold_batch(info: Any, tensor: Tensor, outer: int) -> Tensor:
+    """The inverse of :func:`fold_batch` for a result whose first dimension was ``outer``."""
+    return tensor.unflatten(0, (info.batch_size, outer))
+
+
+def batch_outer(args: Sequence[Tensor], in_dims: Sequence[int | None]) -> int:
+    """The first dimension, without the batch, of the first tensor."""
+    shape = list(args[0].shape)
+    if in_dims[0] is not None:
+        del shape[in_dims[0]]
+    return shape[0]

@@ -198,12 +198,15 @@ def perp_grad_(
         return torch.zeros(0, dtype=torch.bool)
     for i, (weight, grad) in enumerate(zip(weights, grads, strict=True)):
         _check_pair(i, weight, grad, grads[0])
+    args = (per == "row", rescale, skip_single, float(tau))
+    if torch.compiler.is_compiling():
+        # Detached rather than under no_grad, which a saved program cannot hold.
+        return torch.ops.fusee.perp_grad_(
+            [_real(weight.detach()) for weight in weights],
+            [_real(grad.detach()) for grad in grads],
+            *args,
+        )
     with torch.no_grad():
-        args = (per == "row", rescale, skip_single, float(tau))
-        if torch.compiler.is_compiling():
-            return torch.ops.fusee.perp_grad_(
-                [_real(weight) for weight in weights], [_real(grad) for grad in grads], *args
-            )
         if any(map(is_traceable_wrapper_subclass, grads)):
             flags = [
                 _whole(_reference_pair(w, g, *args)).reshape(-1)

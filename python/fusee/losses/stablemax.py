@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fusee._checks import accumulate_dtype, check_dim, check_floating
-from fusee._op import Op, fold_batch, unfold_batch
+from fusee._op import Op, batch_outer, fold_batch, unfold_batch
 from fusee._rows import fold_rows
 
 
@@ -54,7 +54,8 @@ def _fake(input: Tensor, log: bool) -> tuple[Tensor, Tensor]:
 def _vmap(info: Any, in_dims: Any, input: Tensor, log: bool) -> Any:
     (x,) = fold_batch(info, in_dims[:1], (input,))
     output, total = torch.ops.fusee.stablemax(x, log)
-    return (unfold_batch(info, output), unfold_batch(info, total)), (0, 0)
+    outer = batch_outer((input,), in_dims)
+    return (unfold_batch(info, output, outer), unfold_batch(info, total, outer)), (0, 0)
 
 
 def _backward(ctx: Any, grad: Tensor) -> Any:
@@ -84,7 +85,8 @@ def _backward_vmap(
     info: Any, in_dims: Any, grad: Tensor, input: Tensor, sum: Tensor, log: bool
 ) -> Any:
     g, x, total = fold_batch(info, in_dims[:3], (grad, input, sum))
-    return unfold_batch(info, torch.ops.fusee.stablemax_backward(g, x, total, log)), 0
+    result = torch.ops.fusee.stablemax_backward(g, x, total, log)
+    return unfold_batch(info, result, batch_outer((grad,), in_dims)), 0
 
 
 _stablemax = Op(

@@ -17,7 +17,7 @@ from fusee._checks import (
     check_tensor,
     require_values,
 )
-from fusee._op import Op, fold_batch, unfold_batch
+from fusee._op import Op, batch_outer, fold_batch, unfold_batch
 from fusee._rows import fold_rows
 from fusee.losses.stablemax import reciprocal, slope, stable_exp, symlog
 
@@ -77,8 +77,9 @@ def _reference(
 ) -> tuple[Tensor, Tensor, Tensor]:
     x = input.to(accumulate_dtype(input.dtype))
     row = _coefficients(x, target, weight, ignore_index, label_smoothing)
+    # A row without a loss takes part as zeros, whatever it holds, with its first class as pivot.
     lost = row.ignored | row.invalid
-    # A row without a loss takes part with its first logit as pivot, so that its gradient stays finite.
+    x = torch.where(lost, 0, x)
     own = torch.where(lost, torch.arange(x.shape[1], device=x.device).view(1, -1, 1) == 0, row.own)
     s = stable_exp(x)
     s_t = torch.where(own, s, 0).sum(1, keepdim=True)
@@ -91,7 +92,8 @@ def _reference(
     if z_loss != 0:
         loss = loss + z_loss * (odds + symlog_t).square()
     loss = torch.where(row.invalid, math.nan, torch.where(row.ignored, 0, loss)).squeeze(1)
-    stats = torch.stack([rest + s_t, 1 / (1 + s_t / rest)], -1).squeeze(1)
+    saved_sum, saved_rest = rest + s_t, 1 / (1 + s_t / rest)
+    stats = torch.stack([saved_sum.where(~lost, 1), saved_rest.where(~lost, 0)], -1).squeeze(1)
     info = torch.stack([row.divisor.sum(), row.invalid.sum().to(x.dtype)]).double()
     if reduction == 1:
         loss = loss.sum() / row.divisor.sum()
@@ -113,6 +115,7 @@ def _backward_reference(
     # Row sums are recomputed from the input, so that this function has its whole derivative in it.
     x = input.to(accumulate_dtype(input.dtype))
     row = _coefficients(x, target, weight, ignore_index, label_smoothing)
+    x = torch.where(row.ignored | row.invalid, 0, x)
     own = row.own
     s, r = stable_exp(x), reciprocal(x)
     s_t = torch.where(own, s, 0).sum(1, keepdim=True)
@@ -172,11 +175,12 @@ def _vmap(
     x, y = fold_batch(info, in_dims[:2], (input, target))
     numbers = (ignore_index, 0, label_smoothing, z_loss)
     loss, stats, _ = torch.ops.fusee.stablemax_cross_entropy(x, y, weight, *numbers)
-    loss, stats = unfold_batch(info, loss), unfold_batch(info, stats)
+    outer = batch_outer((input,), in_dims)
+    loss, stats = unfold_batch(info, loss, outer), unfold_batch(info, stats, outer)
     # What a row adds to the divisor, and whether its target is out of range, per item of the batch.
     divisor, invalid = torch.ones_like(loss), torch.zeros_like(loss)
     if not y.is_floating_point():
-        y = unfold_batch(info, y)
+        y = unfold_batch(info, y, outer)
         classes = x.shape[1]
         ignored = y == ignore_index
         inside = (y >= 0) & (y < classes) & ~ignored
@@ -207,7 +211,7 @@ def _backward_vmap(
     dims = (*in_dims[:3], in_dims[4])
     g, x, y, saved = fold_batch(info, dims, (grad, input, target, stats))
     result = torch.ops.fusee.stablemax_cross_entropy_backward(g, x, y, weight, saved, *numbers)
-    return unfold_batch(info, result), 0
+    return unfold_batch(info, result, batch_outer((grad,), in_dims)), 0
 
 
 def row_gradient(grad: Tensor, reduction: int, divisor: Tensor, shape: torch.Size) -> Tensor:
