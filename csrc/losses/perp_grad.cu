@@ -1,8 +1,8 @@
 // PerpGrad in CUDA: all tensors in two launches, one that sums and one that rewrites.
 //
 // The table of tensors travels as a kernel argument, not through device memory: nothing is copied from
-// the host, and a captured CUDA graph keeps its own table. A short unit is one warp's, which sums and
-// rewrites it in the first launch; a longer one is cut into ranges, each a block's. How units are cut
+// the host, and a captured CUDA graph keeps its own table. A unit that a warp or a block can take whole is
+// rewritten in the first launch; a longer one is cut into ranges, each a block's. How units are cut
 // depends on their lengths alone, and no sum is atomic, so the result does not depend on the device.
 
 #include "losses/perp_grad.h"
@@ -19,7 +19,7 @@ using namespace cuda;
 
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
-// Up to this many elements a warp takes a whole unit; a block takes kRangeElements at least.
+// Up to how many elements a warp takes a unit whole, and up to how many a block.
 constexpr int64_t kWarpElements = 1024;
 constexpr int64_t kRangeElements = 16384;
 // Every block that rewrites a unit adds up the sums of all the unit's ranges, so there must be few.
@@ -31,7 +31,7 @@ struct Entry {
   int64_t rows, length;
   int64_t first_unit;
   int32_t first_block;
-  int16_t ranges;  // of each row; 0: each row by a warp
+  int16_t ranges;  // of each row, a block's each; 0: a warp takes each row
   int16_t type;
 };
 
@@ -302,7 +302,9 @@ __global__ void __launch_bounds__(kThreads)
       project<T>(entry, team, all, options);
       return;
     }
+    // Its barriers come after everybody's loads.
     const Dots all = block_sum_dots(dots, scratch);
+    if (entry.ranges == 1) return project<T>(entry, team, all, options);
     if (team.rank != 0) return;
     store(sums, block, all.ww);
     store(sums, table.range_blocks + block, all.wg);
@@ -360,7 +362,7 @@ Tensor perp_grad_(std::vector<Tensor> weights, std::vector<Tensor> grads, bool p
   }
   // The second launch is for the first blocks.
   std::stable_partition(entries.begin(), entries.end(),
-                        [](const Entry& entry) { return entry.ranges != 0; });
+                        [](const Entry& entry) { return entry.ranges > 1; });
 
   const Options options{output<bool>(degenerate), threshold, rescale};
   auto run = [&]<int kCapacity>(size_t begin, size_t end) {
@@ -370,12 +372,8 @@ Tensor perp_grad_(std::vector<Tensor> weights, std::vector<Tensor> grads, bool p
       Entry entry = entries[i];
       entry.first_block = static_cast<int32_t>(blocks);
       table.entries[table.count++] = entry;
-      if (entry.ranges == 0) {
-        blocks += (entry.rows + kWarps - 1) / kWarps;
-      } else {
-        blocks += entry.rows * entry.ranges;
-        range_blocks = blocks;
-      }
+      blocks += entry.ranges == 0 ? (entry.rows + kWarps - 1) / kWarps : entry.rows * entry.ranges;
+      if (entry.ranges > 1) range_blocks = blocks;
       FUSEE_REQUIRE(blocks < INT32_MAX, "too many rows for one launch");
     }
     table.blocks = static_cast<int32_t>(blocks);
