@@ -21,6 +21,17 @@ STABLE_TORCH_LIBRARY(fusee, m) {
   m.def(
       "stablemax_cross_entropy_backward(Tensor grad, Tensor input, Tensor target, Tensor? weight, "
       "Tensor stats, int ignore_index, float label_smoothing, float z_loss) -> Tensor");
+  // The same of the logits input linear_weight^T + linear_bias, which are never materialised; input is
+  // (rows, features). The backward computes the gradients that are asked for, empty tensors otherwise.
+  m.def(
+      "linear_stablemax_cross_entropy(Tensor input, Tensor linear_weight, Tensor target, "
+      "Tensor? linear_bias, Tensor? weight, int ignore_index, int reduction, float label_smoothing) "
+      "-> (Tensor loss, Tensor stats, Tensor info)");
+  m.def(
+      "linear_stablemax_cross_entropy_backward(Tensor grad, Tensor input, Tensor linear_weight, "
+      "Tensor target, Tensor? linear_bias, Tensor? weight, Tensor stats, int ignore_index, "
+      "float label_smoothing, bool input_grad, bool weight_grad, bool bias_grad) "
+      "-> (Tensor grad_input, Tensor grad_linear_weight, Tensor grad_linear_bias)");
   // Removes from each gradient its component along the weights of its tensor or of its row, in place;
   // says of each of these whether it had no other component.
   m.def(

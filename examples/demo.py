@@ -129,7 +129,7 @@ def band(axis: plt.Axes, curves: list[list[float]], label: str, color: str) -> N
 def plot(runs: dict[str, list[Run]], splits: list[Split], path: Path) -> None:
     """Curves of all seeds, and the test images of the first that gave most trouble."""
     figure = plt.figure(figsize=(13, 4.4), layout="constrained")
-    left, right = figure.subfigures(1, 2, width_ratios=(8.2, 4.8))
+    left, right = figure.subfigures(1, 2, width_ratios=(8.2, 4.8)).flat
     axes = left.subplots(1, 2)
     for name, of_name in runs.items():
         color = LOSSES[name][2]
@@ -147,7 +147,7 @@ def plot(runs: dict[str, list[Run]], splits: list[Split], path: Path) -> None:
 
     data, first = splits[0], {name: of_name[0] for name, of_name in runs.items()}
     rows = torch.arange(len(data.y_test))
-    trouble = sum(-r.probabilities[rows, data.y_test] for r in first.values())
+    trouble = -torch.stack([r.probabilities[rows, data.y_test] for r in first.values()]).sum(0)
     cells = right.subplots(2, 4).flat
     for cell, i in zip(cells, trouble.argsort(descending=True), strict=False):
         cell.imshow(data.x_test[i].view(8, 8), cmap="gray_r")

@@ -8,10 +8,10 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+import fusee
 import pytest
 import torch
 
-import fusee
 from tests.harness.spec import OpSpec
 from tests.harness.table import RECORDS
 
@@ -51,7 +51,9 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """A test with an argument ``spec`` runs for every record to which its check applies."""
     if "device" in metafunc.fixturenames:
-        metafunc.parametrize("device", metafunc.config.getoption("devices").split(","), indirect=True)
+        metafunc.parametrize(
+            "device", metafunc.config.getoption("devices").split(","), indirect=True
+        )
     if "spec" not in metafunc.fixturenames:
         return
     check = metafunc.function.__name__.removeprefix("test_")

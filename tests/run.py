@@ -108,7 +108,9 @@ def first_parts() -> list[Part]:
     best, *others = cpu_engines()
     parts = [engine_part(best, "not emulated_only", "cpu,cuda")]
     if "emulated" in built():
-        parts.append(engine_part("emulated", "not (tracing or threads or large or processes)", "cpu"))
+        parts.append(
+            engine_part("emulated", "not (tracing or threads or large or processes)", "cpu")
+        )
         parts[-1].arguments.insert(0, "tests/test_counters.py")
         parts.append(again_part("emulated"))
     for engine in others:
@@ -122,7 +124,10 @@ def last_parts(bench: bool) -> list[Part]:
     """What needs the engines' results, or the machine for itself."""
     parts = [
         Part("engines agree", ["tests/test_engines.py", "--outputs", str(OUT)]),
-        Part("import and build", ["tests/test_import.py", "tests/test_cuda_build.py", "tests/test_run.py"]),
+        Part(
+            "import and build",
+            ["tests/test_import.py", "tests/test_cuda_build.py", "tests/test_run.py"],
+        ),
     ]
     if list((ROOT / "tests" / "emulator").glob("test_*.py")):
         parts.append(Part("emulator", ["tests/emulator"]))

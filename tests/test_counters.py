@@ -7,11 +7,11 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
+import fusee
 import pytest
 import torch
-
-import fusee
 from fusee._library import library_path
+
 from tests.harness.helpers import cotangent
 from tests.harness.spec import OpSpec, Traffic, detached
 from tests.harness.table import RECORDS
@@ -75,7 +75,9 @@ def sector_bytes(counted: dict[str, Any]) -> int:
 
 
 CASES = [
-    pytest.param(spec, traffic, dtype, id=f"{spec.name}-{traffic.name}-{dtype}".replace("torch.", ""))
+    pytest.param(
+        spec, traffic, dtype, id=f"{spec.name}-{traffic.name}-{dtype}".replace("torch.", "")
+    )
     for spec in RECORDS
     for traffic in spec.traffic
     for dtype in (torch.float32, torch.bfloat16)

@@ -25,7 +25,9 @@ SPECS = {spec.name: spec for spec in RECORDS}
 def folder(request: pytest.FixtureRequest) -> Path:
     path: Path | None = request.config.getoption("outputs")
     if path is None:
-        pytest.skip("needs --outputs, a folder of files that --save-outputs wrote; see tests/run.py")
+        pytest.skip(
+            "needs --outputs, a folder of files that --save-outputs wrote; see tests/run.py"
+        )
     return path
 
 

@@ -9,9 +9,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 import fusee
+import pytest
 from fusee._library import CPU_ENGINES, LIBRARY_DIR, built_engines, library_path, processor_has
 
 pytestmark = pytest.mark.processes
@@ -67,7 +66,9 @@ def test_an_unknown_engine() -> None:
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "None"
     done = run(CALL, FUSEE_ENGINE="sse9")
-    assert re.search(r"RuntimeError: fusee has no CPU engine .*FUSEE_ENGINE='sse9' is not", done.stderr)
+    assert re.search(
+        r"RuntimeError: fusee has no CPU engine .*FUSEE_ENGINE='sse9' is not", done.stderr
+    )
 
 
 def test_an_engine_that_was_not_built(copy: Path) -> None:
@@ -75,7 +76,9 @@ def test_an_engine_that_was_not_built(copy: Path) -> None:
     done = run("print(fusee.engine())", copy, FUSEE_ENGINE="baseline")
     assert done.returncode == 0, done.stderr
     done = run(CALL, copy, FUSEE_ENGINE="baseline")
-    assert re.search(r"RuntimeError: fusee has no CPU engine .*'baseline' was not built", done.stderr)
+    assert re.search(
+        r"RuntimeError: fusee has no CPU engine .*'baseline' was not built", done.stderr
+    )
 
 
 def test_an_engine_that_the_processor_lacks(copy: Path) -> None:
@@ -172,15 +175,24 @@ def symbols(path: Path, which: str) -> list[tuple[str, str]]:
     return [(row[-2], row[-1].split("@")[0]) for row in rows]
 
 
-def leaks(exported: list[tuple[str, str]], allowed: set[str]) -> list[str]:
-    """The exported symbols that nobody should see."""
-    return [n for _, n in exported if n not in allowed and not HARMLESS.fullmatch(n)]
+def leaks(exported: list[tuple[str, str]], allowed: set[str], *, tests: bool = False) -> list[str]:
+    """The exported symbols that nobody should see. Code of the standard library is among them, for a
+    template that one engine compiled could run in another; the emulator alone, which is for tests and for
+    any processor, may show that."""
+    return [
+        name
+        for kind, name in exported
+        if name not in allowed
+        and not HARMLESS.fullmatch(name)
+        and not (tests and kind == "W" and re.match("_ZNK?St", name))
+    ]
 
 
 @pytest.mark.parametrize("path", LIBRARIES, ids=[path.stem for path in LIBRARIES])
 def test_nothing_is_exported(path: Path) -> None:
     """No symbol of one engine can be found by another, or by anything else in the process."""
-    leaked = leaks(symbols(path, "defined"), ALLOWED_EXPORTS.get(path.name, set()))
+    allowed = ALLOWED_EXPORTS.get(path.name, set())
+    leaked = leaks(symbols(path, "defined"), allowed, tests="emulated" in path.name)
     assert not leaked
 
 
@@ -202,6 +214,7 @@ def test_only_the_stable_abi_is_needed(path: Path) -> None:
 def test_symbol_checks_can_fail() -> None:
     """The two checks see a leaked kernel and a C++ symbol of ATen."""
     assert leaks([("T", "_ZN5fusee4avx27forwardEv"), ("T", "fusee_processor_has")], set())
+    assert leaks([("W", "_ZNSt6vectorIiE9push_backEi")], set())
     assert not leaks([("V", "_ZTVSt19bad_optional_access"), ("B", "_end")], set())
     assert unstable([("U", "_ZN2at4_ops3add4callERKNS_6TensorE")])
     assert unstable([("U", "_ZN3c106detail14torchCheckFailEPKcS2_jS2_")])

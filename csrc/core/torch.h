@@ -84,6 +84,15 @@ inline Shape to_shape(torch::headeronly::IntHeaderOnlyArrayRef sizes) {
   return Shape(sizes.begin(), sizes.end());
 }
 
+// out = a b, by the dispatcher's own matrix product.
+inline void matmul_out(const Tensor& a, const Tensor& b, const Tensor& out) {
+  using torch::stable::detail::from;
+  std::array<StableIValue, 3> stack{from(a), from(b), from(out)};
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
+  static_cast<void>(torch::stable::detail::to<Tensor>(stack[0]));
+}
+
 // One value per row: a contiguous tensor, or one value for all (the expanded gradient of a sum).
 struct RowValues {
   Tensor tensor;

@@ -2,13 +2,10 @@
 #pragma once
 
 #include "core/torch.h"
+#include "losses/stablemax_cross_entropy.h"
 
 namespace fusee {
 inline namespace FUSEE_ENGINE_NAMESPACE {
-
-// The numbers that the operators take for `reduction`, as in torch.
-constexpr int64_t kReductionNone = 0;
-constexpr int64_t kReductionMean = 1;
 
 inline void check_rows(const Tensor& input) {
   FUSEE_REQUIRE(input.dim() == 3, "input must be (outer, n, inner), got ", input.dim(),

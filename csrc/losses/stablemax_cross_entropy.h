@@ -20,6 +20,10 @@
 namespace fusee {
 inline namespace FUSEE_ENGINE_NAMESPACE {
 
+// The numbers that the operators take for `reduction`, as in torch.
+constexpr int64_t kReductionNone = 0;
+constexpr int64_t kReductionMean = 1;
+
 // What the forward pass saves for a row, in the accumulation type.
 template <typename A>
 struct RowStats {

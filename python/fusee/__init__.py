@@ -6,11 +6,20 @@ The functions are here, the modules in :mod:`fusee.nn`, the optimisers in :mod:`
 
 from fusee import nn, optim
 from fusee._library import LOADED as _LOADED
+from fusee.losses.linear_stablemax_cross_entropy import linear_stablemax_cross_entropy
 from fusee.losses.stablemax import log_stablemax, stablemax
 from fusee.losses.stablemax_cross_entropy import stablemax_cross_entropy
 
 __version__ = "0.1.0"
-__all__ = ["log_stablemax", "nn", "optim", "stablemax", "stablemax_cross_entropy"]
+__all__ = [
+    "engine",
+    "linear_stablemax_cross_entropy",
+    "log_stablemax",
+    "nn",
+    "optim",
+    "stablemax",
+    "stablemax_cross_entropy",
+]
 
 
 def engine(device: str = "cpu") -> str | None:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
+import fusee
 import torch
 from torch import Tensor
 
-import fusee
 from tests.harness.spec import Arguments, Maker, OpSpec, Sample, detached, select
 
 

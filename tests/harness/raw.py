@@ -6,12 +6,12 @@ import importlib
 import pkgutil
 from typing import Any
 
+import fusee
 import torch
+from fusee._op import Op
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import fusee
-from fusee._op import Op
 from tests.harness.helpers import cotangent
 from tests.harness.spec import OpSpec, Sample, detached
 

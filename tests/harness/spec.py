@@ -23,9 +23,7 @@ class Maker:
         self.device = torch.device(device)
         self._generator = torch.Generator().manual_seed(seed)
 
-    def normal(
-        self, *shape: int, scale: float = 1.0, dtype: torch.dtype | None = None
-    ) -> Tensor:
+    def normal(self, *shape: int, scale: float = 1.0, dtype: torch.dtype | None = None) -> Tensor:
         """Normal numbers; drawn in float64 on the CPU, so that dtypes and devices agree."""
         drawn = torch.randn(shape, dtype=torch.float64, generator=self._generator) * scale
         return drawn.to(self.device, dtype or self.dtype)
@@ -98,6 +96,15 @@ class Traffic:
 
 
 @dataclass(frozen=True)
+class CudaKernel:
+    """A kernel bound by memory, which must load 16 bytes at a time, and store likewise."""
+
+    name: str
+    """A regular expression over names without namespaces, ``run_rows<BlockRow<...``."""
+    stores: bool = True
+
+
+@dataclass(frozen=True)
 class OpSpec:
     """All that the harness knows of a public function.
 
@@ -142,6 +149,7 @@ class OpSpec:
     """The size of the numbers that a result is computed from, where it cancels to less: 1 for the
     logarithm of a probability near one."""
     traffic: tuple[Traffic, ...] = ()
+    cuda_kernels: tuple[CudaKernel, ...] = ()
     not_applicable: dict[str, str] = field(default_factory=dict)
     """Check -> why it has no meaning for this operator."""
 

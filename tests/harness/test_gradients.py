@@ -48,7 +48,9 @@ def test_gradgradcheck(spec: OpSpec, device: str) -> None:
             assert gradgradcheck(function, leaves, check_fwd_over_rev=True)
 
 
-def _nth_gradient(function: Callable[..., Tensor], leaves: list[Tensor], order: int) -> list[Tensor]:
+def _nth_gradient(
+    function: Callable[..., Tensor], leaves: list[Tensor], order: int
+) -> list[Tensor]:
     """The gradients of the sum of squared gradients, of the given order."""
     value = function(*leaves).square().sum()
     for _ in range(order - 1):

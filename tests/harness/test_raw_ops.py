@@ -34,7 +34,9 @@ def _compare(
     assert actual.dtype == expected.dtype
     assert actual.shape == expected.shape
     eps = torch.finfo(accumulation(dtype)).eps * units
-    bound = eps / torch.finfo(actual.dtype).eps + (actual.dtype not in (torch.float32, torch.float64))
+    bound = eps / torch.finfo(actual.dtype).eps + (
+        actual.dtype not in (torch.float32, torch.float64)
+    )
     assert ulps(actual, expected, least) <= bound
 
 

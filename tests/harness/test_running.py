@@ -7,10 +7,10 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
+import fusee
 import pytest
 import torch
 
-import fusee
 from tests.harness.helpers import chosen, cotangent, everything, naming, value_and_grad
 from tests.harness.measure import relative_error, same_bits
 from tests.harness.spec import OpSpec, as_function, detached, of_floats
@@ -97,7 +97,11 @@ def test_autocast_in_compiled_code(spec: OpSpec, device: str) -> None:
             return spec.function(**values)
 
     compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
-    assert compiled(**arguments).dtype == call(**arguments).dtype == spec.autocast_dtype(torch.bfloat16)
+    assert (
+        compiled(**arguments).dtype
+        == call(**arguments).dtype
+        == spec.autocast_dtype(torch.bfloat16)
+    )
 
 
 def test_cuda_graph(spec: OpSpec, device: str) -> None:

@@ -11,7 +11,7 @@ from torch.func import grad, hessian, jacfwd, jacrev, jvp, vmap
 
 from tests.harness.helpers import chosen, cotangent, naming
 from tests.harness.measure import ulps
-from tests.harness.spec import OpSpec, Sample, as_function, map_tensors
+from tests.harness.spec import OpSpec, Sample, as_function
 
 Function = Callable[..., Tensor]
 
@@ -95,9 +95,7 @@ def test_hessian(spec: OpSpec, device: str) -> None:
     for sample, function, oracle, tensors in _each(spec, device):
         if tensors[0].numel():
             with naming(sample.name):
-                _close(
-                    hessian(_scalar(function))(*tensors), hessian(_scalar(oracle))(*tensors)
-                )
+                _close(hessian(_scalar(function))(*tensors), hessian(_scalar(oracle))(*tensors))
 
 
 def _varied(tensor: Tensor, items: int = 3) -> Tensor:

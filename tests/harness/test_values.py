@@ -75,9 +75,7 @@ def test_properties(spec: OpSpec, dtype: torch.dtype, device: str) -> None:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_layouts(
-    spec: OpSpec, dtype: torch.dtype, device: str, layout: str
-) -> None:
+def test_layouts(spec: OpSpec, dtype: torch.dtype, device: str, layout: str) -> None:
     """The same results and gradients from any strides and offsets as from contiguous copies."""
     changed = False
     for sample in chosen(spec, dtype, device, tiny=False):
@@ -178,4 +176,3 @@ def test_outputs_for_comparison(
         key = f"{spec.name} | {str(dtype).removeprefix('torch.')} | {sample.name}"
         assert key not in saved, "two samples have the same name"
         saved[key] = everything(spec.function, sample.arguments, spec)
-

@@ -10,11 +10,11 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
+import fusee
 import torch
 from torch import Tensor
 
-import fusee
-from tests.harness.spec import Arguments, ErrorInput, Maker, NanSample, OpSpec, Sample
+from tests.harness.spec import Arguments, CudaKernel, ErrorInput, Maker, NanSample, OpSpec, Sample
 
 
 def _projected(weights: Any, grads: Any, **options: Any) -> Tensor:
@@ -146,6 +146,7 @@ RECORDS = [
         properties={"perpendicular": _perpendicular, "the norm is kept": _norm_kept},
         nan_samples=_nan_samples,
         large=_large,
+        cuda_kernels=(CudaKernel("project_kernel"), CudaKernel("sum_kernel", stores=False)),
         not_applicable=_NOT_APPLICABLE,
     )
 ]

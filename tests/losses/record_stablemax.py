@@ -6,12 +6,21 @@ import math
 from collections.abc import Iterator
 from functools import partial
 
+import fusee
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import fusee
-from tests.harness.spec import Arguments, ErrorInput, Maker, NanSample, OpSpec, Sample, Traffic
+from tests.harness.spec import (
+    Arguments,
+    CudaKernel,
+    ErrorInput,
+    Maker,
+    NanSample,
+    OpSpec,
+    Sample,
+    Traffic,
+)
 
 
 def symlog(x: Tensor) -> Tensor:
@@ -131,6 +140,13 @@ _TRAFFIC = (
 )
 
 
+_KERNELS = (
+    CudaKernel(r"run_rows<BlockRow<RowData<(\w+), \1, false, true> ?>, Forward"),
+    CudaKernel(r"run_rows<ThreadRow<RowData<(\w+), \1, false, true> ?>, Forward"),
+    CudaKernel(r"run_rows<(Block|Thread)Row<RowData<(\w+), \2, true, true> ?>, Backward"),
+)
+
+
 def _record(name: str, *, log: bool) -> OpSpec:
     properties = {
         "rows sum to one": partial(_sums_to_one, log=log),
@@ -154,6 +170,7 @@ def _record(name: str, *, log: bool) -> OpSpec:
         least_scale=1.0 if log else 0.0,
         not_applicable=_SAME_OPERATOR if log else {},
         traffic=_TRAFFIC,
+        cuda_kernels=_KERNELS,
     )
 
 

@@ -6,13 +6,22 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
+import fusee
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import fusee
 from tests.harness.measure import accumulation
-from tests.harness.spec import Arguments, ErrorInput, Maker, NanSample, OpSpec, Sample, Traffic
+from tests.harness.spec import (
+    Arguments,
+    CudaKernel,
+    ErrorInput,
+    Maker,
+    NanSample,
+    OpSpec,
+    Sample,
+    Traffic,
+)
 from tests.losses.record_stablemax import symlog
 
 
@@ -142,7 +151,9 @@ def _error_inputs(make: Maker) -> Iterator[ErrorInput]:
     yield error("dim out of range", IndexError, "dim must be in", dim=2)
     yield error("dim not an int", TypeError, "dim must be an int", dim=None)
     high = make.tensor([1, 5, 0], torch.int64)
-    yield error("target too high", IndexError, r"target must be in \[0, 4\].*got 5", True, target=high)
+    yield error(
+        "target too high", IndexError, r"target must be in \[0, 4\].*got 5", True, target=high
+    )
     low = make.tensor([1, -1, 0], torch.int64)
     yield error("target negative", IndexError, "target must be in .*got -1", True, target=low)
     negative = x[0].abs() - 100
@@ -216,6 +227,15 @@ RECORDS = [
         traffic=(
             Traffic("rows", _traffic(8, 4096), (2, 1), _bytes),
             Traffic("narrow rows", _traffic(1024, 11), (2, 1), _bytes),
+        ),
+        cuda_kernels=(
+            CudaKernel(
+                r"run_rows<BlockRow<RowData<\w+, \w+, (true, true|false, false)> ?>, For", False
+            ),
+            CudaKernel(
+                r"run_rows<ThreadRow<RowData<\w+, \w+, (true, true|false, false)> ?>, Forward"
+            ),
+            CudaKernel(r"run_rows<(Block|Thread)Row<.*, Backward"),
         ),
     )
 ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import fusee
 import mpmath
 import pytest
 import torch
@@ -12,7 +13,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-import fusee
 from tests.harness.measure import same_bits, ulps
 from tests.harness.spec import ALL_DTYPES
 from tests.losses.record_stablemax import symlog

@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import fusee
 import mpmath
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import fusee
 from tests.harness.measure import same_bits, ulps
 from tests.harness.spec import ALL_DTYPES
 from tests.losses.record_stablemax import symlog
@@ -112,12 +112,18 @@ def test_z_loss_is_its_formula() -> None:
     s = torch.where(x >= 0, 1 + x.clamp(min=0), 1 / (1 - x.clamp(max=0)))
     squares = s.sum(1).log().square() * (target >= 0)
     divisor = weight[target.clamp(min=0)][target >= 0].sum()
-    for reduction, extra in (("none", squares), ("sum", squares.sum()), ("mean", squares.sum() / divisor)):
+    for reduction, extra in (
+        ("none", squares),
+        ("sum", squares.sum()),
+        ("mean", squares.sum() / divisor),
+    ):
         with_z = loss_of(x, target, weight, z_loss=0.3, reduction=reduction)
         without = loss_of(x, target, weight, reduction=reduction)
         torch.testing.assert_close(with_z - without, 0.3 * extra)
         both = torch.autograd.grad(with_z.sum() - without.sum(), x, retain_graph=True)[0]
-        torch.testing.assert_close(both, torch.autograd.grad(0.3 * extra.sum(), x, retain_graph=True)[0])
+        torch.testing.assert_close(
+            both, torch.autograd.grad(0.3 * extra.sum(), x, retain_graph=True)[0]
+        )
 
 
 def test_gradient_in_probabilities() -> None:
@@ -157,7 +163,9 @@ def test_zero_weights() -> None:
 
 
 def test_one_class() -> None:
-    loss, grad = loss_and_grad(torch.randn(4, 1), torch.zeros(4, dtype=torch.int64), reduction="none")
+    loss, grad = loss_and_grad(
+        torch.randn(4, 1), torch.zeros(4, dtype=torch.int64), reduction="none"
+    )
     assert not loss.any()
     assert not grad.any()
 
@@ -189,7 +197,9 @@ def test_modules() -> None:
     x, target = torch.randn(4, 5), torch.tensor([0, 4, 2, 1])
     weight = torch.rand(5)
     module = fusee.nn.StableMaxCrossEntropyLoss(weight, reduction="sum", label_smoothing=0.1)
-    assert torch.equal(module(x, target), loss_of(x, target, weight, reduction="sum", label_smoothing=0.1))
+    assert torch.equal(
+        module(x, target), loss_of(x, target, weight, reduction="sum", label_smoothing=0.1)
+    )
     assert list(module.state_dict()) == ["weight"]
     assert "reduction='sum'" in repr(module)
     other = fusee.nn.StableMaxCrossEntropyLoss(torch.ones(5), reduction="sum", label_smoothing=0.1)
@@ -371,7 +381,9 @@ def test_more_than_2_31_elements(inner: bool) -> None:
     (grad,) = torch.autograd.grad(loss.sum(), leaf)
     if inner:
         sample = slice(classes - 3, classes)
-        part, part_grad = loss_and_grad(x.detach()[..., sample], target[:, sample], reduction="none")
+        part, part_grad = loss_and_grad(
+            x.detach()[..., sample], target[:, sample], reduction="none"
+        )
         assert ulps(loss[:, sample], part) <= 4
         assert ulps(grad[..., sample], part_grad) <= 4
     else:

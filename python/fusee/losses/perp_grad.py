@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from fusee._checks import check_floating, check_same_device, check_tensor
+from fusee._checks import FLOATING_DTYPES, check_floating, check_same_device, check_tensor
 from fusee._library import LOADED
 from fusee._op import _missing_engine
 
@@ -88,10 +88,14 @@ for _device, _key in (("cpu", "CPU"), ("cuda", "CUDA")):
 torch.library.register_fake("fusee::perp_grad_", _fake)
 
 
-def _real(tensor: Tensor) -> Tensor:
-    """A complex tensor as a real one with the same units: a vector stays one."""
-    if not tensor.is_complex():
-        return tensor
+def _real(tensors: list[Tensor]) -> list[Tensor]:
+    """Complex tensors as real ones with the same units: a vector stays one."""
+    if not any([tensor.dtype.is_complex for tensor in tensors]):
+        return tensors
+    return [_real_of_complex(t) if t.is_complex() else t for t in tensors]
+
+
+def _real_of_complex(tensor: Tensor) -> Tensor:
     parts = torch.view_as_real(tensor.resolve_conj())
     return parts.unsqueeze(0) if tensor.dim() == 1 else parts
 
@@ -105,7 +109,28 @@ def _check_options(per: str, tau: float) -> None:
         raise ValueError(f"tau must be in [0, 1), got {tau}")
 
 
-def _check_pair(i: int, weight: Any, grad: Any, first: Any) -> None:
+_DTYPES = {*FLOATING_DTYPES, torch.complex64, torch.complex128}
+
+
+def _check_pairs(weights: list[Any], grads: list[Any]) -> None:
+    first = grads[0]
+    check_tensor("grads[0]", first)
+    device = first.device
+    for i, (weight, grad) in enumerate(zip(weights, grads, strict=True)):
+        # What a model has hundreds of is found right at once; only what is wrong is looked into.
+        if not (
+            isinstance(weight, Tensor)
+            and isinstance(grad, Tensor)
+            and weight.dtype is grad.dtype
+            and weight.dtype in _DTYPES
+            and weight.layout is grad.layout is torch.strided
+            and weight.device == grad.device == device
+            and weight.shape == grad.shape
+        ):
+            _check_pair(i, weight, grad, first)
+
+
+def _check_pair(i: int, weight: Any, grad: Any, first: Tensor) -> None:
     check_tensor(f"weights[{i}]", weight)
     check_tensor(f"grads[{i}]", grad)
     if grad.shape != weight.shape:
@@ -117,7 +142,7 @@ def _check_pair(i: int, weight: Any, grad: Any, first: Any) -> None:
         raise TypeError(
             f"grads[{i}] must have the dtype of weights[{i}], got {grad.dtype} and {weight.dtype}"
         )
-    if not grad.is_complex():
+    if grad.dtype not in (torch.complex64, torch.complex128):
         check_floating(f"grads[{i}]", grad)
     check_same_device(f"weights[{i}]", weight, "grads[0]", first)
     check_same_device(f"grads[{i}]", grad, "grads[0]", first)
@@ -196,16 +221,13 @@ def perp_grad_(
         raise ValueError("grads must not hold the same tensor twice")
     if not grads:
         return torch.zeros(0, dtype=torch.bool)
-    for i, (weight, grad) in enumerate(zip(weights, grads, strict=True)):
-        _check_pair(i, weight, grad, grads[0])
+    _check_pairs(weights, grads)
     args = (per == "row", rescale, skip_single, float(tau))
     if torch.compiler.is_compiling():
         # Detached rather than under no_grad, which a saved program cannot hold.
-        return torch.ops.fusee.perp_grad_(
-            [_real(weight.detach()) for weight in weights],
-            [_real(grad.detach()) for grad in grads],
-            *args,
-        )
+        weights = [weight.detach() for weight in weights]
+        grads = [grad.detach() for grad in grads]
+        return torch.ops.fusee.perp_grad_(_real(weights), _real(grads), *args)
     with torch.no_grad():
         if any(map(is_traceable_wrapper_subclass, grads)):
             flags = [
@@ -213,9 +235,7 @@ def perp_grad_(
                 for w, g in zip(weights, grads, strict=True)
             ]
             return torch.cat(flags)
-        degenerate = torch.ops.fusee.perp_grad_(
-            [_real(weight) for weight in weights], [_real(grad) for grad in grads], *args
-        )
+        degenerate: Tensor = torch.ops.fusee.perp_grad_(_real(weights), _real(grads), *args)
         increment_version(grads)
         return degenerate
 
