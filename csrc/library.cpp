@@ -22,11 +22,14 @@ STABLE_TORCH_LIBRARY(fusee, m) {
       "stablemax_cross_entropy_backward(Tensor grad, Tensor input, Tensor target, Tensor? weight, "
       "Tensor stats, int ignore_index, float label_smoothing, float z_loss) -> Tensor");
   // The same of the logits input linear_weight^T + linear_bias, which are never materialised; input is
-  // (rows, features). The backward computes the gradients that are asked for, empty tensors otherwise.
+  // (rows, features). The gradients that are asked for are computed, for a loss gradient of one in the
+  // forward operator; the others are empty tensors.
   m.def(
       "linear_stablemax_cross_entropy(Tensor input, Tensor linear_weight, Tensor target, "
-      "Tensor? linear_bias, Tensor? weight, int ignore_index, int reduction, float label_smoothing) "
-      "-> (Tensor loss, Tensor stats, Tensor info)");
+      "Tensor? linear_bias, Tensor? weight, int ignore_index, int reduction, float label_smoothing, "
+      "bool input_grad, bool weight_grad, bool bias_grad) "
+      "-> (Tensor loss, Tensor stats, Tensor info, Tensor grad_input, Tensor grad_linear_weight, "
+      "Tensor grad_linear_bias)");
   m.def(
       "linear_stablemax_cross_entropy_backward(Tensor grad, Tensor input, Tensor linear_weight, "
       "Tensor target, Tensor? linear_bias, Tensor? weight, Tensor stats, int ignore_index, "

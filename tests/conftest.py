@@ -20,11 +20,12 @@ MARKS = {
     "threads": "about threads and sizes; not for the emulated engine",
     "large": "needs many GiB of memory",
     "emulated_only": "reads the counters of the emulated engine",
+    "cuda_only": "has no meaning on the CPU",
     "processes": "starts Python anew; runs once",
 }
 SAVED = pytest.StashKey[dict[str, Any]]()
 COUNTS = pytest.StashKey[dict[str, int]]()
-CAPABILITIES = pytest.StashKey[dict[tuple[str, str], set[str]]]()
+CAPABILITIES = pytest.StashKey[dict[tuple[str, str], set[tuple[str, str]]]]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -51,9 +52,10 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """A test with an argument ``spec`` runs for every record to which its check applies."""
     if "device" in metafunc.fixturenames:
-        metafunc.parametrize(
-            "device", metafunc.config.getoption("devices").split(","), indirect=True
-        )
+        devices = metafunc.config.getoption("devices").split(",")
+        if metafunc.definition.get_closest_marker("cuda_only"):
+            devices = [name for name in devices if name == "cuda"]
+        metafunc.parametrize("device", devices, indirect=True)
     if "spec" not in metafunc.fixturenames:
         return
     check = metafunc.function.__name__.removeprefix("test_")
@@ -105,35 +107,44 @@ def pytest_runtest_makereport(item: pytest.Item) -> Any:
     if outcome is not None:
         item.config.stash[COUNTS][outcome] += 1
         spec = getattr(item, "callspec", None) and item.callspec.params.get("spec")
-        if isinstance(spec, OpSpec) and outcome != "skipped":
+        if isinstance(spec, OpSpec):
             check = item.function.__name__.removeprefix("test_")  # type: ignore[attr-defined]
-            item.config.stash[CAPABILITIES][check, spec.name].add(outcome)
+            device = item.callspec.params.get("device", "cpu")
+            item.config.stash[CAPABILITIES][check, spec.name].add((device, outcome))
     return report
 
 
+def _cell(outcomes: set[tuple[str, str]]) -> str:
+    """What a run shows of one check of one operator: the devices on which it passed, or a failure. A
+    device whose tests were skipped is not among them."""
+    if any(outcome in ("failed", "error") for _, outcome in outcomes):
+        return "FAIL"
+    ran = sorted({device for device, outcome in outcomes if outcome == "passed"})
+    return "+".join(ran) if ran else "not run"
+
+
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
-    """The capability table: what was checked for every operator in this run."""
+    """The capability table: where each check of each operator passed in this run."""
     seen = config.stash[CAPABILITIES]
     checks = list(dict.fromkeys(check for check, _ in seen))
     if len(checks) < 2:
         return
-    names = [spec.name for spec in RECORDS]
     width = max(map(len, checks)) + 2
     terminalreporter.section(f"capabilities, CPU engine {fusee.engine('cpu')}")
-    terminalreporter.write_line(" " * width + "  ".join(names))
+    terminalreporter.write_line(" " * width + "  ".join(spec.name for spec in RECORDS))
     for check in checks:
         row = check.ljust(width)
         for spec in RECORDS:
-            outcomes = seen.get((check, spec.name), set())
-            if check in spec.not_applicable:
-                cell = "n/a"
-            else:
-                cell = "FAIL" if outcomes & {"failed", "error"} else "yes" if outcomes else "-"
+            absent = check in spec.not_applicable
+            cell = "n/a" if absent else _cell(seen.get((check, spec.name), set()))
             row += cell.ljust(len(spec.name) + 2)
         terminalreporter.write_line(row.rstrip())
     for spec in RECORDS:
+        reasons: dict[str, list[str]] = defaultdict(list)
         for check, reason in spec.not_applicable.items():
-            terminalreporter.write_line(f"n/a: {spec.name}, {check}: {reason}")
+            reasons[reason].append(check)
+        for reason, absent_checks in reasons.items():
+            terminalreporter.write_line(f"n/a: {spec.name}: {reason}: {', '.join(absent_checks)}")
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:

@@ -1,9 +1,10 @@
 """Runs everything: ``python tests/run.py``, which is what ``make test`` calls.
 
-The suite runs once per CPU engine that was built and that the processor has, each in its own process:
-whole on the best, numbers alone on the others and on the emulated CUDA kernels. Then the engines'
-results are compared, and the remaining parts run. At the end stands a table of what passed, failed, was
-skipped, and was compiled but not run. The exit status is not zero if anything failed.
+The suite runs once per CPU engine that was built and that the processor has, each in its own
+process: whole on the best, numbers alone on the others and on the emulated CUDA kernels. Then the
+engines' results are compared, and the remaining parts run. At the end stands a table of what
+passed, failed, was skipped, and was compiled but not run. The exit status is not zero if anything
+failed.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ class Part:
         """Runs it; prints its output if it fails."""
         path = OUT / f"{self.name.replace(' ', '-')}.json"
         path.unlink(missing_ok=True)
-        command = [sys.executable, "-m", "pytest", "-q", "-rs", "--tb=short", *self.arguments]
+        command = [sys.executable, "-m", "pytest", "-q", "-rfE", "--tb=short", *self.arguments]
         if self.counts_itself:
             command += ["--counts", str(path)]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", **self.environment}

@@ -1,7 +1,8 @@
 """What nvcc made of the CUDA kernels: registers, spills, and the width of their memory accesses.
 
-Reads the CUDA engine of the package, or compiles ``csrc/*/*.cu`` where it is not installed. Needs nvcc (and
-fails without it where ``FUSEE_REQUIRE_NVCC=1``) and cuobjdump, of the package ``nvidia-cuda-cuobjdump``.
+Reads the CUDA engine of the package, or compiles ``csrc/*/*.cu`` where it is not installed. Needs
+nvcc (and fails without it where ``FUSEE_REQUIRE_NVCC=1``) and cuobjdump, of the package
+``nvidia-cuda-cuobjdump``.
 """
 
 from __future__ import annotations

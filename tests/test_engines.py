@@ -1,8 +1,9 @@
 """The engines against each other, through the results that each one's own run has saved.
 
 ``tests/run.py`` runs the harness once per engine with ``--save-outputs``, then this file with
-``--outputs``. Engines agree within ``OpSpec.ulps``: 4 units of the last place (16 in float64) of the
-largest element of a result or gradient. ``<engine>.again.pt``, from a second process, has the same bits.
+``--outputs``. Engines agree within ``OpSpec.ulps``: 4 units of the last place (16 in float64) of
+the largest element of a result or gradient. ``<engine>.again.pt``, from a second process, has the
+same bits.
 """
 
 from __future__ import annotations

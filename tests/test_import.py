@@ -1,4 +1,5 @@
-"""Importing fusee: which engine is chosen, what is said when there is none, and what the libraries show."""
+"""Importing fusee: which engine is chosen, what is said when there is none, and what the libraries
+show."""
 
 from __future__ import annotations
 
@@ -41,7 +42,7 @@ def copy(tmp_path: Path) -> Path:
     return tmp_path / "fusee"
 
 
-# --- the choice of an engine -------------------------------------------------------------------------
+# --- the choice of an engine ----------------------------------------------------------------------
 
 
 def test_the_best_engine_is_chosen() -> None:
@@ -147,7 +148,7 @@ def test_python_m_fusee() -> None:
     assert "stablemax_cross_entropy" in done.stdout
 
 
-# --- symbols -----------------------------------------------------------------------------------------
+# --- symbols --------------------------------------------------------------------------------------
 
 LIBRARIES = sorted(LIBRARY_DIR.glob("lib*.so"))
 ALLOWED_EXPORTS = {
@@ -176,9 +177,9 @@ def symbols(path: Path, which: str) -> list[tuple[str, str]]:
 
 
 def leaks(exported: list[tuple[str, str]], allowed: set[str], *, tests: bool = False) -> list[str]:
-    """The exported symbols that nobody should see. Code of the standard library is among them, for a
-    template that one engine compiled could run in another; the emulator alone, which is for tests and for
-    any processor, may show that."""
+    """The exported symbols that nobody should see. Code of the standard library is among them, for
+    a template that one engine compiled could run in another; the emulator alone, which is for tests
+    and for any processor, may show that."""
     return [
         name
         for kind, name in exported

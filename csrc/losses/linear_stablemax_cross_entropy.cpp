@@ -1,8 +1,8 @@
 // StableMax cross entropy of a linear layer on the CPU.
 //
-// The logits exist a block of classes at a time. As S is a plain sum, without a maximum to subtract, the
-// blocks' sums simply add up; the backward pass makes each block again, now knowing S, and turns it into
-// the gradients while it lies in cache.
+// Where the gradients are wanted with the loss, they are formed from a chunk of rows at a time, each row
+// while it lies in cache. Otherwise the logits exist a block of classes at a time: S is a plain sum,
+// without a maximum to subtract, so the blocks' sums add up; the backward pass makes each block again.
 
 #include "losses/checks.h"
 #include "losses/linear_blocks.h"
@@ -14,6 +14,8 @@ namespace {
 
 // A block of logits that the last level of cache holds.
 constexpr int64_t kBlockElements = int64_t{1} << 21;
+// Products of few rows run fastest over this many classes: 75 against 55 GFLOP/s for 131072 at once.
+constexpr int64_t kPartClasses = 1024;
 
 template <typename T>
 void add_bias(const T* bias, int64_t rows, int64_t classes, T* logits) {
@@ -45,28 +47,33 @@ template <typename T>
 struct Call {
   using A = accumulate_t<T>;
 
-  LinearBlocks blocks;
+  Linear layer;
   Tensor target;
   std::optional<Tensor> weight;
   Problem<T> whole;
 
-  Call(const LinearBlocks& blocks_, const Tensor& target_, const std::optional<Tensor>& weight_,
+  Call(const Tensor& input, const Tensor& linear_weight, const std::optional<Tensor>& linear_bias,
+       const Tensor& target_, const std::optional<Tensor>& weight_,
        const CrossEntropyOptions& options)
-      : blocks(blocks_), target(as_contiguous(target_)), weight(as_contiguous(weight_)) {
-    whole = {nullptr, {blocks.rows, blocks.classes, 1}, 0, blocks.classes, data<int64_t>(target),
-             nullptr, data_or_null<A>(weight),          0, options};
-    for (int64_t c = 0; c < blocks.classes; ++c) whole.weight_sum += whole.class_weight(c);
+      : layer(input, linear_weight, linear_bias, kPartClasses),
+        target(as_contiguous(target_)),
+        weight(as_contiguous(weight_)) {
+    check_linear_target(layer, target, weight);
+    whole = {nullptr, {layer.rows, layer.classes, 1}, 0, layer.classes, data<int64_t>(target),
+             nullptr, data_or_null<A>(weight),        0, options};
+    for (int64_t c = 0; c < layer.classes; ++c) whole.weight_sum += whole.class_weight(c);
   }
 
-  // The logits of classes [first, first + n) in `logits`, and the problem of that block.
-  Problem<T> block(int64_t first, int64_t n, const Tensor& logits) const {
-    blocks.logits(first, n, logits);
-    if (blocks.bias.has_value())
-      add_bias(data<T>(*blocks.bias) + first, blocks.rows, n, mutable_data<T>(logits));
+  // The problem of a part of the logits, whose bias is added here.
+  Problem<T> part(int64_t first_row, int64_t rows, int64_t first_class, int64_t classes,
+                  const Tensor& logits) const {
+    if (layer.bias.has_value())
+      add_bias(data<T>(*layer.bias) + first_class, rows, classes, mutable_data<T>(logits));
     Problem<T> problem = whole;
     problem.input = data<T>(logits);
-    problem.rows.length = n;
-    problem.first_class = first;
+    problem.rows = {rows, classes, 1};
+    problem.first_class = first_class;
+    problem.target += first_row;
     return problem;
   }
 };
@@ -74,24 +81,21 @@ struct Call {
 template <typename T>
 void add_block(const Problem<T>& p, RowState* states) {
   using A = typename Problem<T>::A;
-  parallel_for(0, p.rows.tiles(), grain(p.rows.elements_per_tile()), [&](int64_t begin, int64_t end) {
-    for (int64_t index = begin; index < end; ++index) {
-      const Tile tile = p.rows.tile(index);
-      Pivot pivots[kLanes];
-      const A zeros[kLanes] = {};
-      double sums[4][kLanes];
-      tile_pivots(p, tile, pivots);
-      // Against zero the spread is -sum_j b_j log s_j, to which the pivot's logarithm comes at the end.
-      sum_tile(p, tile, pivots, zeros, sums);
-      for (int i = 0; i < tile.lanes; ++i) {
-        RowState& state = states[tile.row + i];
-        state.positive += sums[0][i];
-        state.negative += sums[1][i];
-        state.spread += sums[2][i];
-        if (pivots[i].at >= 0)
-          state.x_pivot = static_cast<A>(
-              p.input[tile.first + i * tile.lane_step + pivots[i].at * tile.step]);
-      }
+  for_each_tile(p, [&](const Tile& tile) {
+    Pivot pivots[kLanes];
+    const A zeros[kLanes] = {};
+    double sums[4][kLanes];
+    tile_pivots(p, tile, pivots);
+    // Against zero the spread is -sum_j b_j log s_j, to which the pivot's logarithm comes at the end.
+    sum_tile(p, tile, pivots, zeros, sums);
+    for (int i = 0; i < tile.lanes; ++i) {
+      RowState& state = states[tile.row + i];
+      state.positive += sums[0][i];
+      state.negative += sums[1][i];
+      state.spread += sums[2][i];
+      if (pivots[i].at >= 0)
+        state.x_pivot = static_cast<A>(
+            p.input[tile.first + i * tile.lane_step + pivots[i].at * tile.step]);
     }
   });
 }
@@ -116,32 +120,58 @@ void finish_rows(const Problem<T>& p, const RowState* states, A* loss, RowStats<
   }
 }
 
-std::tuple<Tensor, Tensor, Tensor> linear_stablemax_cross_entropy(
+template <typename T>
+auto gradients_of(const Linear& layer, const Wanted& wanted) {
+  return LinearGradients(layer, wanted, [](const Tensor& part, const Tensor& total) {
+    add_to(data<T>(part), part.numel(), mutable_data<accumulate_t<T>>(total));
+  });
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_stablemax_cross_entropy(
     const Tensor& input, const Tensor& linear_weight, const Tensor& target,
     const std::optional<Tensor>& linear_bias, const std::optional<Tensor>& weight,
-    int64_t ignore_index, int64_t reduction, double label_smoothing) {
-  const LinearBlocks blocks(input, linear_weight, linear_bias, kBlockElements);
-  check_linear_target(blocks, target, weight);
+    int64_t ignore_index, int64_t reduction, double label_smoothing, bool input_grad,
+    bool weight_grad, bool bias_grad) {
+  const CrossEntropyOptions options{ignore_index, label_smoothing, 0.0};
+  const Wanted wanted{input_grad, weight_grad, bias_grad};
   return dispatch_floating(input.scalar_type(), [&]<typename T>(T) {
     using A = accumulate_t<T>;
-    const Call<T> call(blocks, target, weight, {ignore_index, label_smoothing, 0.0});
-    std::vector<RowState> states(blocks.rows, RowState{});
-    blocks.for_each([&](int64_t first, int64_t n, const Tensor& logits) {
-      add_block(call.block(first, n, logits), states.data());
-    });
+    const Call<T> call(input, linear_weight, linear_bias, target, weight, options);
+    const Linear& layer = call.layer;
+    check_forward_gradients(layer, wanted, reduction != kReductionNone);
     const ScalarType type = accumulate_type(input.scalar_type());
-    Tensor losses = empty(input, {blocks.rows}, type);
-    Tensor stats = empty(input, {blocks.rows, 2}, type);
+    Tensor losses = empty(input, {layer.rows}, type);
+    Tensor stats = empty(input, {layer.rows, 2}, type);
     Tensor info = empty(input, {2}, ScalarType::Double);
-    A* rows = mutable_data<A>(losses);
-    finish_rows(call.whole, states.data(), rows, reinterpret_cast<RowStats<A>*>(mutable_data<A>(stats)));
     const auto counts = count_rows(call.whole);
     std::copy(counts.begin(), counts.end(), mutable_data<double>(info));
-    if (reduction == kReductionNone) return std::make_tuple(losses, stats, info);
-    Tensor loss = empty(input, {}, type);
-    *mutable_data<A>(loss) =
-        static_cast<A>(reduce_rows(rows, blocks.rows, reduction, counts[0]));
-    return std::make_tuple(loss, stats, info);
+    A* rows = mutable_data<A>(losses);
+    auto* saved = reinterpret_cast<RowStats<A>*>(mutable_data<A>(stats));
+    auto gradients = gradients_of<T>(layer, wanted);
+    if (wanted.any()) {
+      const A h = static_cast<A>(reduction == kReductionMean ? 1 / counts[0] : 1);
+      layer.for_each_row_chunk([&](int64_t first, int64_t n, const Tensor& logits) {
+        const Problem<T> p = call.part(first, n, 0, layer.classes, logits);
+        T* in_place = mutable_data<T>(logits);
+        for_each_tile(p, [&](const Tile& tile) {
+          forward(p, tile, rows + first, saved + first);
+          backward(p, tile, &h, 0, saved + first, in_place);
+        });
+        gradients.add_row_chunk(first, n, logits);
+      });
+    } else {
+      std::vector<RowState> states(layer.rows, RowState{});
+      layer.for_each_class_block(kBlockElements, [&](int64_t first, int64_t n, const Tensor& logits) {
+        add_block(call.part(0, layer.rows, first, n, logits), states.data());
+      });
+      finish_rows(call.whole, states.data(), rows, saved);
+    }
+    Tensor loss = losses;
+    if (reduction != kReductionNone) {
+      loss = empty(input, {}, type);
+      *mutable_data<A>(loss) = static_cast<A>(reduce_rows(rows, layer.rows, reduction, counts[0]));
+    }
+    return std::tuple_cat(std::make_tuple(loss, stats, info), gradients.finish());
   });
 }
 
@@ -150,23 +180,22 @@ std::tuple<Tensor, Tensor, Tensor> linear_stablemax_cross_entropy_backward(
     const std::optional<Tensor>& linear_bias, const std::optional<Tensor>& weight,
     const Tensor& stats, int64_t ignore_index, double label_smoothing, bool input_grad,
     bool weight_grad, bool bias_grad) {
-  const LinearBlocks blocks(input, linear_weight, linear_bias, kBlockElements);
-  check_linear_target(blocks, target, weight);
+  const CrossEntropyOptions options{ignore_index, label_smoothing, 0.0};
   return dispatch_floating(input.scalar_type(), [&]<typename T>(T) {
     using A = accumulate_t<T>;
-    const Call<T> call(blocks, target, weight, {ignore_index, label_smoothing, 0.0});
+    const Call<T> call(input, linear_weight, linear_bias, target, weight, options);
+    const Linear& layer = call.layer;
     const RowValues h(grad);
     const Tensor saved = as_contiguous(stats);
-    LinearGradients gradients(blocks, input_grad, weight_grad, bias_grad);
-    if (input_grad)
-      std::fill_n(mutable_data<A>(gradients.input_total), blocks.rows * blocks.features, A(0));
-    blocks.for_each([&](int64_t first, int64_t n, const Tensor& logits) {
-      const Tensor block_grad = blocks.block(n);
-      backward(call.block(first, n, logits), data<A>(h.tensor), h.stride,
-               reinterpret_cast<const RowStats<A>*>(data<A>(saved)), mutable_data<T>(block_grad));
-      gradients.add(first, n, block_grad, [](const Tensor& part, const Tensor& total) {
-        add_to(data<T>(part), part.numel(), mutable_data<A>(total));
+    const auto* row_stats = reinterpret_cast<const RowStats<A>*>(data<A>(saved));
+    auto gradients = gradients_of<T>(layer, {input_grad, weight_grad, bias_grad});
+    layer.for_each_class_block(kBlockElements, [&](int64_t first, int64_t n, const Tensor& logits) {
+      const Problem<T> p = call.part(0, layer.rows, first, n, logits);
+      T* in_place = mutable_data<T>(logits);
+      for_each_tile(p, [&](const Tile& tile) {
+        backward(p, tile, data<A>(h.tensor), h.stride, row_stats, in_place);
       });
+      gradients.add_class_block(first, n, logits);
     });
     return gradients.finish();
   });

@@ -46,7 +46,8 @@ std::tuple<Tensor, Tensor, Tensor> stablemax_cross_entropy(
     Tensor info = empty(input, {2}, ScalarType::Double);
     Tensor losses = empty(input, {p.rows.outer, p.rows.inner}, type);
     A* rows = mutable_data<A>(losses);
-    forward(p, rows, reinterpret_cast<RowStats<A>*>(mutable_data<A>(stats)));
+    auto* saved = reinterpret_cast<RowStats<A>*>(mutable_data<A>(stats));
+    for_each_tile(p, [&](const Tile& tile) { forward(p, tile, rows, saved); });
     const auto counts = count_rows(p);
     std::copy(counts.begin(), counts.end(), mutable_data<double>(info));
     if (reduction == kReductionNone) return std::make_tuple(losses, stats, info);
@@ -70,8 +71,11 @@ Tensor stablemax_cross_entropy_backward(const Tensor& grad, const Tensor& input,
     const RowValues h(grad);
     const Tensor saved = as_contiguous(stats);
     Tensor output = empty(input, to_shape(input.sizes()), input.scalar_type());
-    backward(arguments.problem, data<A>(h.tensor), h.stride,
-             reinterpret_cast<const RowStats<A>*>(data<A>(saved)), mutable_data<T>(output));
+    const auto* row_stats = reinterpret_cast<const RowStats<A>*>(data<A>(saved));
+    T* gradient = mutable_data<T>(output);
+    for_each_tile(arguments.problem, [&](const Tile& tile) {
+      backward(arguments.problem, tile, data<A>(h.tensor), h.stride, row_stats, gradient);
+    });
     return output;
   });
 }

@@ -12,14 +12,6 @@ namespace {
 
 using namespace cuda;
 
-// The target of one row: the pivot, the sum K of its coefficients, and K - c_t. A row without a loss
-// has pivot -1.
-struct Pivot {
-  int64_t at;
-  double total;
-  double remainder;
-};
-
 // The largest coefficient of a probability target, and where it first stands.
 template <typename A>
 struct Largest {

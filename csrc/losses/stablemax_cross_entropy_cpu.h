@@ -55,17 +55,6 @@ auto with_coefficient(const Problem<T>& p, const F& f) {
   return f([=](int64_t, int64_t) { return smooth; });
 }
 
-// Where a row's pivot stands when it is not among the classes at hand.
-constexpr int64_t kNoLoss = -1;     // the target is ignored or out of range
-constexpr int64_t kOtherBlock = -2;  // the target is a class of another block
-
-// The target of one row: the pivot, the sum K of its coefficients, and K - c_t.
-struct Pivot {
-  int64_t at;
-  double total;
-  double remainder;
-};
-
 template <typename T>
 Pivot index_pivot(const Problem<T>& p, int64_t row) {
   if (p.ignored(row) || p.out_of_range(row)) return {kNoLoss, 0, 0};
@@ -230,13 +219,14 @@ void forward_flat(const Problem<T>& p, const Tile& tile, A* loss, RowStats<A>* s
   finish_tile(p, tile, pivots, odds, log_odds, sum, spread, x_pivot, loss, stats);
 }
 
+// The backward pass may write its output over the logits: an element is read before it is written.
 template <typename T, typename A>
 void backward_flat(const Problem<T>& p, const Tile& tile, const A* over_sum,
-                   T* FUSEE_RESTRICT output) {
+                   T* output) {
   constexpr int kWidth = 16;
   const int classes = static_cast<int>(p.classes()), n = tile.lanes * classes;
-  const T* FUSEE_RESTRICT x = p.input + tile.first;
-  T* FUSEE_RESTRICT out = output + tile.first;
+  const T* x = p.input + tile.first;
+  T* out = output + tile.first;
   // Every element's factor. Whole vectors are written; the next row overwrites what is too much.
   A factor[kLanes * kShortRow + kWidth];
   for (int i = 0; i < tile.lanes; ++i)
@@ -251,10 +241,10 @@ void backward_flat(const Problem<T>& p, const Tile& tile, const A* over_sum,
 
 template <typename T, typename A = accumulate_t<T>>
 void backward_tile(const Problem<T>& p, const Tile& tile, const A* h, const RowStats<A>* stats,
-                   T* FUSEE_RESTRICT output) {
+                   T* output) {
   Pivot pivots[kLanes];
   tile_pivots(p, tile, pivots);
-  const T* FUSEE_RESTRICT input = p.input;
+  const T* input = p.input;
   A x_pivot[kLanes], over_sum[kLanes], at_pivot[kLanes];
   for (int i = 0; i < tile.lanes; ++i)
     x_pivot[i] = static_cast<A>(
@@ -296,33 +286,30 @@ void backward_tile(const Problem<T>& p, const Tile& tile, const A* h, const RowS
   }
 }
 
-template <typename T, typename A = accumulate_t<T>>
-void forward(const Problem<T>& p, A* loss, RowStats<A>* stats) {
+template <typename T, typename F>
+void for_each_tile(const Problem<T>& p, const F& f) {
   parallel_for(0, p.rows.tiles(), grain(p.rows.elements_per_tile()),
                [&](int64_t begin, int64_t end) {
-                 for (int64_t index = begin; index < end; ++index) {
-                   const Tile tile = p.rows.tile(index);
-                   if (is_flat(p)) {
-                     forward_flat(p, tile, loss + tile.row, stats + tile.row);
-                   } else {
-                     forward_tile(p, tile, loss + tile.row, stats + tile.row);
-                   }
-                 }
+                 for (int64_t index = begin; index < end; ++index) f(p.rows.tile(index));
                });
 }
 
 template <typename T, typename A = accumulate_t<T>>
-void backward(const Problem<T>& p, const A* grad, int64_t grad_stride, const RowStats<A>* stats,
-              T* output) {
-  parallel_for(0, p.rows.tiles(), grain(p.rows.elements_per_tile()),
-               [&](int64_t begin, int64_t end) {
-                 A h[kLanes];
-                 for (int64_t index = begin; index < end; ++index) {
-                   const Tile tile = p.rows.tile(index);
-                   for (int i = 0; i < tile.lanes; ++i) h[i] = grad[(tile.row + i) * grad_stride];
-                   backward_tile(p, tile, h, stats + tile.row, output);
-                 }
-               });
+void forward(const Problem<T>& p, const Tile& tile, A* loss, RowStats<A>* stats) {
+  if (is_flat(p)) {
+    forward_flat(p, tile, loss + tile.row, stats + tile.row);
+  } else {
+    forward_tile(p, tile, loss + tile.row, stats + tile.row);
+  }
+}
+
+// `grad` holds one value per row, or with stride 0 one for all.
+template <typename T, typename A = accumulate_t<T>>
+void backward(const Problem<T>& p, const Tile& tile, const A* grad, int64_t grad_stride,
+              const RowStats<A>* stats, T* output) {
+  A h[kLanes];
+  for (int i = 0; i < tile.lanes; ++i) h[i] = grad[(tile.row + i) * grad_stride];
+  backward_tile(p, tile, h, stats + tile.row, output);
 }
 
 // info = (what a mean divides by, the number of rows whose target is out of range).

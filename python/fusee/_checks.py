@@ -69,6 +69,12 @@ def require_values(tensor: Tensor, holds: Tensor | bool, raise_error: Callable[[
         raise_error()
 
 
+def autocast_enabled(tensor: Tensor) -> bool:
+    """Whether autocast is on for the tensor's device; there are devices that know none."""
+    device = tensor.device.type
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype in which sums over a tensor of ``dtype`` are kept."""
     return torch.float64 if dtype == torch.float64 else torch.float32

@@ -26,6 +26,15 @@ def in_functorch_transform() -> bool:
     return torch._C._are_functorch_transforms_active()
 
 
+def backward_follows(*tensors: Tensor | None) -> tuple[bool, ...]:
+    """For each tensor, whether a plain first-order backward pass may ask for its gradient: not while
+    compiling, under a ``torch.func`` transform or in forward mode."""
+    if torch.compiler.is_compiling() or in_functorch_transform() or forward_ad._current_level >= 0:
+        return (False,) * len(tensors)
+    enabled = torch.is_grad_enabled()
+    return tuple(enabled and tensor is not None and tensor.requires_grad for tensor in tensors)
+
+
 class Op:
     """A compiled operator with everything PyTorch may ask of it.
 
@@ -36,8 +45,9 @@ class Op:
             devices without an engine, and the source of every derivative that is not given.
         vmap: as in ``torch.library.register_vmap``.
         differentiable: the positions of the arguments that have gradients, and of the outputs.
-        backward: ``backward(ctx, *grads)`` as in ``torch.library.register_autograd``, from what
-            ``ctx.args`` (all arguments) and ``ctx.outputs`` hold; calls differentiable functions only.
+        backward: ``backward(ctx, args, constants, *grads)`` returns a gradient or None for each
+            argument, as in ``torch.library.register_autograd``; ``args`` are the arguments, and
+            ``constants`` the outputs without gradients. It calls differentiable functions only.
             Without it the derivative is that of the reference.
     """
 
@@ -118,26 +128,24 @@ def _make_function(
         ctx.others = [None if isinstance(value, Tensor) else value for value in inputs]
         ctx.places = [i for i, value in enumerate(inputs) if isinstance(value, Tensor)]
         tensors = [inputs[i] for i in ctx.places]
-        # The outputs that carry gradients are recomputable from the others, and not kept.
         ctx.save_for_backward(*tensors, *constants)
         ctx.save_for_forward(*tensors, *constants)
 
-    def restore(ctx: Any) -> None:
+    def restore(ctx: Any) -> tuple[tuple[Any, ...], tuple[Tensor, ...]]:
         saved = ctx.saved_tensors
         args = list(ctx.others)
         for place, tensor in zip(ctx.places, saved, strict=False):
             args[place] = tensor
-        ctx.args = tuple(args)
-        ctx.constants = saved[len(ctx.places) :]
+        return tuple(args), saved[len(ctx.places) :]
 
     def call_backward(ctx: Any, *grads: Tensor | None) -> Any:
-        restore(ctx)
         carried = [grads[i] for i in outputs_with_grad]
         if all(grad is None for grad in carried):
-            return (None,) * len(ctx.args)
+            return (None,) * len(ctx.others)
+        args, constants = restore(ctx)
         if backward is not None:
-            return backward(ctx, *carried)
-        function, tensors = _of_tensors(op.reference, ctx.args, inputs_with_grad, outputs_with_grad)
+            return backward(ctx, args, constants, *carried)
+        function, tensors = _of_tensors(op.reference, args, inputs_with_grad, outputs_with_grad)
         outputs, pull = torch.func.vjp(function, *tensors)
         cotangents = tuple(
             torch.zeros_like(out) if grad is None else grad
@@ -146,13 +154,13 @@ def _make_function(
         gradients = iter(pull(cotangents))
         return tuple(
             next(gradients) if i in inputs_with_grad and _has_gradient(value) else None
-            for i, value in enumerate(ctx.args)
+            for i, value in enumerate(args)
         )
 
     def jvp(ctx: Any, *tangents: Tensor | None) -> Any:
-        restore(ctx)
-        function, tensors = _of_tensors(op.reference, ctx.args, inputs_with_grad, outputs_with_grad)
-        given = [tangents[i] for i in inputs_with_grad if _has_gradient(ctx.args[i])]
+        args, constants = restore(ctx)
+        function, tensors = _of_tensors(op.reference, args, inputs_with_grad, outputs_with_grad)
+        given = [tangents[i] for i in inputs_with_grad if _has_gradient(args[i])]
         directions = tuple(
             torch.zeros_like(tensor) if tangent is None else tangent
             for tensor, tangent in zip(tensors, given, strict=True)
@@ -161,7 +169,7 @@ def _make_function(
         outputs, pull = torch.func.vjp(function, *tensors)
         _, push = torch.func.vjp(pull, tuple(torch.zeros_like(out) for out in outputs))
         (derivatives,) = push(directions)
-        result: list[Tensor | None] = [None] * (len(outputs_with_grad) + len(ctx.constants))
+        result: list[Tensor | None] = [None] * (len(outputs_with_grad) + len(constants))
         for i, derivative in zip(outputs_with_grad, derivatives, strict=True):
             result[i] = derivative
         return tuple(result) if len(result) > 1 else result[0]

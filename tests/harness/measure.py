@@ -18,8 +18,8 @@ def accumulation(dtype: torch.dtype) -> torch.dtype:
 def relative_error(actual: Tensor, expected: Tensor) -> float:
     """The norm of the difference over the norm of ``expected``, in float64.
 
-    Places where both are the same infinity or both NaN agree; where only one is, the error is infinite.
-    Where all of ``expected`` is zero it is the norm of the difference.
+    Places where both are the same infinity or both NaN agree; where only one is, the error is
+    infinite. Where all of ``expected`` is zero it is the norm of the difference.
     """
     actual, expected = actual.detach().double(), expected.detach().double()
     if actual.shape != expected.shape:
@@ -78,10 +78,10 @@ def dtype_of(arguments: Arguments) -> torch.dtype:
 def check_error(actual: Tensor, plain: Tensor, exact: Tensor, what: str) -> None:
     """Holds a result to the error bound of DESIGN.md.
 
-    At most twice the error of the straightforward computation ``plain`` against ``exact`` (float64),
-    in float32 and float64 never more than ``CAPS``. The straightforward result of a handful of numbers
-    may be exact by luck, so the least that is asked for is 8 units of the last place of the accumulation
-    dtype, and half types' own rounding.
+    At most twice the error of the straightforward computation ``plain`` against ``exact``
+    (float64), in float32 and float64 never more than ``CAPS``. The straightforward result of a
+    handful of numbers may be exact by luck, so the least that is asked for is 8 units of the last
+    place of the accumulation dtype, and half types' own rounding.
     """
     dtype = actual.dtype
     error = relative_error(actual, exact)

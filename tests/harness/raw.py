@@ -1,4 +1,5 @@
-"""The operators beneath the public functions, and the calls that the public functions make of them."""
+"""The operators beneath the public functions, and the calls that the public functions make of
+them."""
 
 from __future__ import annotations
 

@@ -56,7 +56,8 @@ class Sample:
     tiny: bool = False
     """A handful of elements: for gradcheck, for Hessians, for compiling."""
     emulated: bool = True
-    """False where the emulated engine would take seconds: it runs about a thousand blocks a second."""
+    """False where the emulated engine would take seconds: it runs about a thousand blocks a
+    second."""
     smooth: bool = True
     """False where numbers are infinite or derivatives jump, which finite differences cannot see."""
 
@@ -79,7 +80,8 @@ class ErrorInput:
 
 @dataclass(frozen=True)
 class NanSample:
-    """A call with NaN in an input, and where its output must be NaN (everywhere else it must not)."""
+    """A call with NaN in an input, and where its output must be NaN (everywhere else it must
+    not)."""
 
     arguments: Arguments
     expected: Tensor

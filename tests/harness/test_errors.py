@@ -1,4 +1,5 @@
-"""Bad input: the right exception with a message that names the argument, in every mode of execution."""
+"""Bad input: the right exception with a message that names the argument, in every mode of
+execution."""
 
 from __future__ import annotations
 
@@ -59,7 +60,8 @@ def _gradients(spec: OpSpec, function: Any, arguments: dict[str, Any]) -> list[T
 def test_bad_values_in_compiled_code(
     spec: OpSpec, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Compiled code does not look at values: what they touch is NaN, in the result and its gradient."""
+    """Compiled code does not look at values: what they touch is NaN, in the result and its
+    gradient."""
     monkeypatch.delenv("FUSEE_CHECK_VALUES", raising=False)
     for error in _inputs(spec, device, values=True):
         torch._dynamo.reset()
@@ -81,7 +83,7 @@ def test_checked_values_in_compiled_code(
     for error in _inputs(spec, device, values=True):
         torch._dynamo.reset()
         compiled = torch.compile(spec.function, fullgraph=True, backend=backend)
-        with naming(error.name), pytest.raises(RuntimeError, match="fusee|range"):
+        with naming(error.name), pytest.raises(RuntimeError, match="range"):
             compiled(**error.arguments)
     arguments = spec.sized(spec.make(torch.float32, device), 5)
     assert not bool(torch.compile(spec.function, backend=backend)(**arguments).isnan().any())
@@ -97,8 +99,9 @@ def test_checked_values_in_eager_mode(
             spec.function(**error.arguments)
 
 
-def test_unchecked_values_on_cuda(spec: OpSpec, device: str) -> None:
-    """On CUDA nothing is read back: what bad values touch is NaN. On the CPU, under ``vmap``, likewise."""
+def test_unchecked_values(spec: OpSpec, device: str) -> None:
+    """On CUDA nothing is read back: what bad values touch is NaN. On the CPU, under ``vmap``,
+    likewise."""
     for error in _inputs(spec, device, values=True):
         with naming(error.name):
             if device == "cpu":

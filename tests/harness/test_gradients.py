@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -92,18 +91,12 @@ def test_checkpoint(spec: OpSpec, device: str) -> None:
         names = spec.has_gradient(sample.arguments)
         _, expected = value_and_grad(spec.function, sample.arguments, names)
         for reentrant in (True, False):
-
-            def recomputed(reentrant: bool = reentrant, **arguments: Any) -> Tensor:
-                function = as_function(spec.function, arguments, names)
-                tensors = [arguments[name] for name in names]
-                return checkpoint(function, *tensors, use_reentrant=reentrant)
-
+            function, leaves = _leaves(spec, sample)
             with naming(f"{sample.name}, {reentrant=}"):
-                leaves = detached(sample.arguments, names)
-                output = recomputed(**leaves)
+                output = checkpoint(function, *leaves, use_reentrant=reentrant)
                 output.backward(cotangent(output))
-                for name in names:
-                    assert same_bits(leaves[name].grad, expected[name])
+                for name, leaf in zip(names, leaves, strict=True):
+                    assert same_bits(leaf.grad, expected[name])
 
 
 def test_no_grad(spec: OpSpec, device: str) -> None:

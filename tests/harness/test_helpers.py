@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+from tests.conftest import _cell
 from tests.harness.helpers import naming, value_and_grad
 from tests.harness.layouts import LAYOUTS
 from tests.harness.measure import check_error, relative_error, same_bits, ulps
@@ -131,3 +132,11 @@ def test_reasons(spec: OpSpec) -> None:
     for check, reason in spec.not_applicable.items():
         assert reason
         assert f"def test_{check}(" in text or check in ("traffic", "cuda_kernels"), check
+
+
+def test_capability_cells() -> None:
+    """A failure anywhere shows, and a skipped device does not look as if it had passed."""
+    assert _cell({("cpu", "passed"), ("cuda", "skipped")}) == "cpu"
+    assert _cell({("cpu", "passed"), ("cuda", "passed")}) == "cpu+cuda"
+    assert _cell({("cuda", "skipped")}) == _cell(set()) == "not run"
+    assert _cell({("cpu", "passed"), ("cpu", "failed")}) == "FAIL"

@@ -30,7 +30,8 @@ def _outputs(output: Any) -> tuple[Tensor, ...]:
 def _compare(
     actual: Tensor, expected: Tensor, dtype: torch.dtype, units: float, least: float
 ) -> None:
-    """Equal within ``units`` of the accumulation dtype, and one rounding of the result's own dtype."""
+    """Equal within ``units`` of the accumulation dtype, and one rounding of the result's own
+    dtype."""
     assert actual.dtype == expected.dtype
     assert actual.shape == expected.shape
     eps = torch.finfo(accumulation(dtype)).eps * units

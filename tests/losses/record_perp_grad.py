@@ -1,7 +1,7 @@
 """The record of ``fusee.optim.perp_grad_``, seen as a function that returns the projected gradient.
 
-Lists of tensors, rows of odd layouts, the optimiser around it, and the operator's registration are in
-``test_perp_grad.py``.
+Lists of tensors, rows of odd layouts, the optimiser around it, and the operator's registration are
+in ``test_perp_grad.py``.
 """
 
 from __future__ import annotations
@@ -112,9 +112,9 @@ def _norm_kept(sample: Sample, output: Tensor) -> None:
 
 
 _NO_DERIVATIVES = (
-    "gradients gradient_layouts gradcheck gradgradcheck third_order retain_graph checkpoint no_grad "
-    "each_gradient_alone func_grad jacrev jacfwd jvp dual_numbers hessian per_sample_gradients "
-    "transforms_on_float32 transforms_in_compiled_code second_order_of_compiled_code"
+    "gradients gradient_layouts gradcheck gradgradcheck third_order retain_graph checkpoint "
+    "no_grad each_gradient_alone func_grad jacrev jacfwd jvp dual_numbers hessian "
+    "per_sample_gradients transforms_on_float32 transforms_in_compiled_code second_order_of_compiled_code"
 )
 _IN_PLACE = "reference raw_inputs_unwritten opcheck strides_of_fake documentation"
 _NOT_APPLICABLE = {
@@ -126,8 +126,7 @@ _NOT_APPLICABLE = {
     ),
     "checked_values_in_compiled_code": "no value is an error",
     "checked_values_in_eager_mode": "no value is an error",
-    "unchecked_values_on_cuda": "no value is an error",
-    "saved_program": "torch 2.13 cannot save a program with a region under no_grad",
+    "unchecked_values": "no value is an error",
     "traffic": "measured over lists of tensors in test_perp_grad.py",
 }
 

@@ -187,8 +187,9 @@ def _sized(make: Maker, n: int) -> Arguments:
 
 
 def _bytes(arguments: Arguments) -> tuple[int, int]:
-    """Forward (one launch over the rows, one over their sums) reads logits and targets, and writes a loss and two statistics a row; backward reads
-    logits, targets, statistics and the gradient of the loss, and writes the gradient."""
+    """Forward (one launch over the rows, one over their sums) reads logits and targets, and writes
+    a loss and two statistics a row; backward reads logits, targets, statistics and the gradient of
+    the loss, and writes the gradient."""
     x, y = arguments["input"], arguments["target"]
     size, rows = x.numel() * x.element_size(), y.numel()
     number = 8 if x.dtype == torch.float64 else 4

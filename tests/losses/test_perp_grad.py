@@ -47,7 +47,7 @@ def error(actual: Tensor, expected: Tensor) -> float:
     return float((actual.double() - expected).norm() / expected.norm())
 
 
-# --- the projection ---------------------------------------------------------------------------------
+# --- the projection -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", ALL_DTYPES)
@@ -173,7 +173,7 @@ def test_gaps_are_not_written() -> None:
     assert (wide[:, 1::2] == 7).all()
 
 
-# --- degenerate cases -------------------------------------------------------------------------------
+# --- degenerate cases -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", ALL_DTYPES)
@@ -263,7 +263,7 @@ def test_tau() -> None:
     assert perp_grad_(w, g.clone(), tau=1e-5).tolist() == [False]
 
 
-# --- the operator -----------------------------------------------------------------------------------
+# --- the operator ---------------------------------------------------------------------------------
 
 
 def large_list(seed: int) -> list[Tensor]:
@@ -429,7 +429,7 @@ def test_complex(shape: tuple[int, ...], per: str) -> None:
     assert error(got, torch.stack(expected).reshape(-1)) <= 1e-6
 
 
-# --- the optimizer ----------------------------------------------------------------------------------
+# --- the optimizer --------------------------------------------------------------------------------
 
 BASES = {
     "SGD": lambda p, **kw: torch.optim.SGD(p, lr=0.1, momentum=0.9, weight_decay=0.01, **kw),

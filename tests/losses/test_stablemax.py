@@ -34,11 +34,12 @@ def gradient(function: Any, input: Tensor, grad: Tensor) -> Tensor:
     return result
 
 
-# --- the mathematics ---------------------------------------------------------------------------------
+# --- the mathematics ------------------------------------------------------------------------------
 
 
 def test_against_fifty_digits() -> None:
-    """Each element is right to a few units of its own last place, over the whole range of float32."""
+    """Each element is right to a few units of its own last place, over the whole range of
+    float32."""
     row = [0.0, -0.0, 1.0, -1.0, 1e-30, -1e-30, 1e-45, 3e38, -3e38, 1e10, -1e10, 0.5, 7.25]
     output = fusee.stablemax(torch.tensor(row))
     single = [float(x) for x in torch.tensor(row)]
@@ -90,7 +91,7 @@ def test_heavy_tails() -> None:
     assert fusee.stablemax(x)[0].item() == pytest.approx(1 / (1 + 1e5 / 10001), rel=1e-5)
 
 
-# --- traps of eager code (spec 1.5) ------------------------------------------------------------------
+# --- traps of eager code (spec 1.5) ---------------------------------------------------------------
 
 
 @pytest.mark.parametrize("function", [fusee.stablemax, fusee.log_stablemax])
@@ -139,12 +140,13 @@ def test_memory_for_backward() -> None:
     assert sum(kept.values()) <= 16 * 64
 
 
-# --- extremes ----------------------------------------------------------------------------------------
+# --- extremes -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", ALL_DTYPES)
 def test_largest_numbers(dtype: torch.dtype) -> None:
-    """Rows of the largest finite numbers have finite results that sum to one, and finite gradients."""
+    """Rows of the largest finite numbers have finite results that sum to one, and finite
+    gradients."""
     top = torch.finfo(dtype).max
     x = torch.tensor([[top, top, 0.0], [top, -top, 1.0], [-top, -top, -top]], dtype=dtype)
     p = fusee.stablemax(x)
@@ -183,7 +185,7 @@ def test_infinity() -> None:
     assert bool(fusee.stablemax(torch.full((3,), -math.inf)).isnan().all())
 
 
-# --- as a neighbour of torch -------------------------------------------------------------------------
+# --- as a neighbour of torch ----------------------------------------------------------------------
 
 
 def test_dtype_argument() -> None:
@@ -210,7 +212,7 @@ def test_modules(module: Any, function: Any) -> None:
     assert torch.jit.trace is not None and torch.equal(torch.nn.Sequential(made)(x), made(x))
 
 
-# --- drawn at random ---------------------------------------------------------------------------------
+# --- drawn at random ------------------------------------------------------------------------------
 
 FLOATS = st.floats(width=32, allow_nan=False, allow_infinity=False)
 

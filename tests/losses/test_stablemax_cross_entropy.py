@@ -27,7 +27,7 @@ def loss_and_grad(input: Tensor, *args: Any, **options: Any) -> tuple[Tensor, Te
     return loss.detach(), grad
 
 
-# --- torch's interface -------------------------------------------------------------------------------
+# --- torch's interface ----------------------------------------------------------------------------
 
 SHAPES = [(5,), (4, 5), (4, 5, 3), (2, 5, 3, 2), (0, 5)]
 
@@ -40,7 +40,8 @@ SHAPES = [(5,), (4, 5), (4, 5, 3), (2, 5, 3, 2), (0, 5)]
 def test_torch_cross_entropy(
     shape: tuple[int, ...], kind: str, weighted: bool, smoothing: float, reduction: str
 ) -> None:
-    """Equal to F.cross_entropy of the transformed logits, over all its options, gradients included."""
+    """Equal to F.cross_entropy of the transformed logits, over all its options, gradients
+    included."""
     generator = torch.Generator().manual_seed(len(shape))
     x = torch.randn(shape, dtype=torch.float64, generator=generator).requires_grad_()
     dim = 0 if len(shape) == 1 else 1
@@ -210,7 +211,7 @@ def test_modules() -> None:
         fusee.nn.StableMaxCrossEntropyLoss(reduction="avg")
 
 
-# --- where float32, and float64, give out ------------------------------------------------------------
+# --- where float32, and float64, give out ---------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -233,8 +234,8 @@ def test_confident_rows(size: float, loss: float, slope: float) -> None:
 
 @pytest.mark.parametrize("power", range(3, 31, 3))
 def test_separated_rows(power: int) -> None:
-    """Perfectly separated rows, R / s_y from 1e-3 to 1e-30: loss and gradient to 4 units of the last
-    place against fifty exact digits, and not zero unless that is the nearest float32."""
+    """Perfectly separated rows, R / s_y from 1e-3 to 1e-30: loss and gradient to 4 units of the
+    last place against fifty exact digits, and not zero unless that is the nearest float32."""
     size = math.sqrt(112 * 10.0**power) - 1
     x = torch.full((1, 113), -size)
     x[0, 7] = size
@@ -276,7 +277,8 @@ def test_wide_half_rows(dtype: torch.dtype, classes: int) -> None:
 @pytest.mark.parametrize("double", [False, True])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_memory_for_backward(double: bool, reduction: str) -> None:
-    """Beside its arguments it keeps 8 bytes a row (16 in float64), and nothing of the logits' size."""
+    """Beside its arguments it keeps 8 bytes a row (16 in float64), and nothing of the logits'
+    size."""
     rows, classes = 256, 50
     dtype = torch.float64 if double else torch.float32
     x = torch.randn(rows, classes, dtype=dtype, requires_grad=True)
@@ -298,7 +300,8 @@ def test_memory_for_backward(double: bool, reduction: str) -> None:
 
 @pytest.mark.parametrize("dtype", ALL_DTYPES)
 def test_largest_numbers(dtype: torch.dtype) -> None:
-    """At the largest finite numbers the loss and its gradient are finite; eager code has infinity."""
+    """At the largest finite numbers the loss and its gradient are finite; eager code has
+    infinity."""
     top = torch.finfo(dtype).max
     x = torch.tensor([[top, -top, 0.0], [-top, top, 0.0], [-top] * 3, [top] * 3], dtype=dtype)
     loss, grad = loss_and_grad(x, torch.zeros(4, dtype=torch.int64), reduction="none")
@@ -312,8 +315,8 @@ def test_largest_numbers(dtype: torch.dtype) -> None:
 
 
 def test_infinite_logits() -> None:
-    """A target at +inf costs nothing or is unknown; one at -inf costs infinitely much; none but a row
-    of infinities is NaN, and -inf elsewhere is a mask."""
+    """A target at +inf costs nothing or is unknown; one at -inf costs infinitely much; none but a
+    row of infinities is NaN, and -inf elsewhere is a mask."""
     inf = math.inf
     x = torch.tensor([[inf, 0.0, 1.0], [-inf, 0.0, 1.0], [0.0, -inf, 1.0], [-inf] * 3, [inf] * 3])
     loss, grad = loss_and_grad(x, torch.zeros(5, dtype=torch.int64), reduction="none")

@@ -10,8 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fusee._checks import accumulate_dtype, check_floating, check_same_device, require_values
-from fusee._op import Op
+from fusee._checks import (
+    accumulate_dtype,
+    autocast_enabled,
+    check_floating,
+    check_same_device,
+    require_values,
+)
+from fusee._op import Op, backward_follows
 from fusee.losses import stablemax_cross_entropy as cross_entropy
 from fusee.losses.stablemax_cross_entropy import (
     check_class_weight,
@@ -38,11 +44,22 @@ def _reference(
     ignore_index: int,
     reduction: int,
     label_smoothing: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+    input_grad: bool,
+    weight_grad: bool,
+    bias_grad: bool,
+) -> tuple[Tensor, ...]:
     logits = _logits(input, linear_weight, linear_bias)
     numbers = (ignore_index, reduction, label_smoothing, 0.0)
     loss, stats, info = cross_entropy._reference(logits, target.unsqueeze(1), weight, *numbers)
-    return (loss.squeeze(1) if reduction == 0 else loss), stats.squeeze(1), info
+    loss, stats = (loss.squeeze(1) if reduction == 0 else loss), stats.squeeze(1)
+    wanted = (input_grad, weight_grad, bias_grad)
+    if not any(wanted):
+        return loss, stats, info, *(input.new_empty(0) for _ in wanted)
+    with torch.no_grad():
+        g = row_gradient(torch.ones_like(loss), reduction, info[0], stats.shape[:1])
+        saved = (target, linear_bias, weight, stats, ignore_index, label_smoothing)
+        grads = _backward_reference(g, input, linear_weight, *saved, *wanted)
+    return loss, stats, info, *grads
 
 
 def _backward_reference(
@@ -87,13 +104,28 @@ def _fake(
     ignore_index: int,
     reduction: int,
     label_smoothing: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+    input_grad: bool,
+    weight_grad: bool,
+    bias_grad: bool,
+) -> tuple[Tensor, ...]:
     torch._check(input.dim() == 2, lambda: f"input must be (rows, features), got {input.shape}")
     rows = input.shape[0]
     dtype = accumulate_dtype(input.dtype)
     loss = input.new_empty((rows,) if reduction == 0 else (), dtype=dtype)
     stats = input.new_empty((rows, 2), dtype=dtype)
-    return loss, stats, input.new_empty((2,), dtype=torch.float64)
+    info = input.new_empty((2,), dtype=torch.float64)
+    return loss, stats, info, *_fake_grads(input, linear_weight, input_grad, weight_grad, bias_grad)
+
+
+def _fake_grads(
+    input: Tensor, linear_weight: Tensor, input_grad: bool, weight_grad: bool, bias_grad: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    classes = linear_weight.shape[0]
+    return (
+        input.new_empty(input.shape if input_grad else (0,)),
+        input.new_empty(linear_weight.shape if weight_grad else (0,)),
+        input.new_empty((classes,) if bias_grad else (0,)),
+    )
 
 
 def _backward_fake(
@@ -110,12 +142,7 @@ def _backward_fake(
     weight_grad: bool,
     bias_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    classes = linear_weight.shape[0]
-    return (
-        input.new_empty(input.shape if input_grad else (0,)),
-        input.new_empty(linear_weight.shape if weight_grad else (0,)),
-        input.new_empty((classes,) if bias_grad else (0,)),
-    )
+    return _fake_grads(input, linear_weight, input_grad, weight_grad, bias_grad)
 
 
 # Under vmap the logits are formed, by one batched product, and the operators on logits take over.
@@ -141,7 +168,9 @@ def _batched_logits(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | 
 
 def _vmap(info: Any, in_dims: Any, *args: Any) -> Any:
     input, linear_weight, target, linear_bias = _batch_first(info, in_dims[:4], args[:4])
-    weight, ignore_index, reduction, label_smoothing = args[4:]
+    weight, ignore_index, reduction, label_smoothing, *wanted = args[4:]
+    if any(wanted):
+        raise NotImplementedError("under vmap the gradients are formed by the backward pass")
     (loss, stats, rows), _ = cross_entropy._vmap(
         info,
         (0, 0, in_dims[4], None, None, None, None),
@@ -150,7 +179,9 @@ def _vmap(info: Any, in_dims: Any, *args: Any) -> Any:
         weight,
         *(ignore_index, reduction, label_smoothing, 0.0),
     )
-    return ((loss.squeeze(2) if reduction == 0 else loss), stats.squeeze(2), rows), (0, 0, 0)
+    loss = loss.squeeze(2) if reduction == 0 else loss
+    nothing = [loss.new_empty((info.batch_size, 0), dtype=input.dtype) for _ in wanted]
+    return (loss, stats.squeeze(2), rows, *nothing), (0,) * 6
 
 
 def _backward_vmap(info: Any, in_dims: Any, *args: Any) -> Any:
@@ -176,18 +207,25 @@ def _backward_vmap(info: Any, in_dims: Any, *args: Any) -> Any:
     ), (0, 0, 0)
 
 
-def _backward(ctx: Any, grad: Tensor) -> Any:
-    input, linear_weight, target, linear_bias, weight, ignore_index, reduction, smoothing = ctx.args
-    stats, info = ctx.constants
-    g = row_gradient(grad, reduction, info[0], stats.shape[:1])
+def _backward(ctx: Any, args: Any, constants: Any, grad: Tensor) -> Any:
+    input, linear_weight, target, linear_bias, weight, ignore_index, reduction, smoothing, *made = args
+    stats, info, *saved = constants
     wanted = (ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[3])
-    grads = _linear_stablemax_cross_entropy_backward(
-        g, input, linear_weight, target, linear_bias, weight, stats, ignore_index, smoothing, *wanted
-    )
+    if any(made) and not torch.is_grad_enabled():
+        # Made in the forward pass for a gradient of one. On other devices than the CPU the factor is
+        # not read back, and always applied.
+        unit = grad.device.type == "cpu" and grad.item() == 1
+        grads = [value if unit else value * grad.to(value.dtype) for value in saved]
+    else:
+        g = row_gradient(grad, reduction, info[0], stats.shape[:1])
+        numbers = (ignore_index, smoothing, *wanted)
+        grads = _linear_stablemax_cross_entropy_backward(
+            g, input, linear_weight, target, linear_bias, weight, stats, *numbers
+        )
     grad_input, grad_weight, grad_bias = (
         value if want else None for value, want in zip(grads, wanted, strict=True)
     )
-    return grad_input, grad_weight, None, grad_bias, None, None, None, None
+    return grad_input, grad_weight, None, grad_bias, *(None,) * 7
 
 
 _linear_stablemax_cross_entropy = Op(
@@ -222,10 +260,12 @@ def linear_stablemax_cross_entropy(
 
     .. math:: \text{stablemax\_cross\_entropy}(x W^\top + b, y)
 
-    The logits exist a block of classes at a time. StableMax has no maximum to subtract, so the blocks'
-    sums add up without rescaling; the backward pass makes each block once more. Peak memory beyond
-    inputs, loss and gradients is two blocks of about eight megabytes (on CUDA 128), and that of the
-    gradient of ``input``. Gradients of higher order and ``torch.func`` transforms form the logits.
+    Where a reduced float32 or float64 loss will be differentiated once, the gradients are formed in the
+    forward pass, some rows (a fourteenth, from 64 to 256) of the logits at a time. Otherwise the logits
+    exist a block of classes at a time: StableMax has no maximum to subtract, so the blocks' sums add up
+    without rescaling, and the backward pass makes each block once more. Half types always take this
+    way, which adds up the gradient of ``linear_weight`` in one product. Gradients of higher order,
+    ``torch.func`` transforms and ``vmap`` form the logits.
 
     Args:
         input: (in_features), (N, in_features) or (..., in_features); float32, float64, bfloat16 or
@@ -256,7 +296,7 @@ def linear_stablemax_cross_entropy(
         >>> import torch, fusee
         >>> hidden, head = torch.ones(2, 3), torch.eye(4, 3)
         >>> fusee.linear_stablemax_cross_entropy(hidden, head, torch.tensor([0, 3]))
-        tensor(1.5925)
+        tensor(1.5993)
     """
     check_floating("input", input)
     check_floating("linear_weight", linear_weight)
@@ -279,7 +319,7 @@ def linear_stablemax_cross_entropy(
                 f"got {tuple(linear_bias.shape)}"
             )
         tensors["linear_bias"] = linear_bias
-    autocast = torch.is_autocast_enabled(input.device.type)
+    autocast = autocast_enabled(input)
     for name, tensor in tensors.items():
         check_same_device(name, tensor, "input", input)
         if tensor.dtype != input.dtype and not autocast:
@@ -307,7 +347,10 @@ def linear_stablemax_cross_entropy(
     class_weight = check_class_weight(weight, classes, input)
     checked = check_target(target, input, input.dim() - 1, ignore_index)
     rows = math.prod(input.shape[:-1])
-    loss, _, info = _linear_stablemax_cross_entropy(
+    made = (False,) * 3
+    if number != 0 and input.dtype in (torch.float32, torch.float64):
+        made = backward_follows(input, linear_weight, linear_bias)
+    loss, _, info, *_ = _linear_stablemax_cross_entropy(
         input.reshape(rows, input.shape[-1]),
         linear_weight,
         checked.reshape(rows),
@@ -316,6 +359,7 @@ def linear_stablemax_cross_entropy(
         ignore_index,
         number,
         label_smoothing,
+        *made,
     )
     require_values(input, info[1] == 0, lambda: raise_for_target(checked, classes, ignore_index))
     return loss.reshape(checked.shape) if number == 0 else loss

@@ -90,7 +90,7 @@ torch.library.register_fake("fusee::perp_grad_", _fake)
 
 def _real(tensors: list[Tensor]) -> list[Tensor]:
     """Complex tensors as real ones with the same units: a vector stays one."""
-    if not any([tensor.dtype.is_complex for tensor in tensors]):
+    if not any(tensor.dtype.is_complex for tensor in tensors):
         return tensors
     return [_real_of_complex(t) if t.is_complex() else t for t in tensors]
 

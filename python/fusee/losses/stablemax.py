@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusee._checks import accumulate_dtype, check_dim, check_floating
+from fusee._checks import accumulate_dtype, autocast_enabled, check_dim, check_floating
 from fusee._op import Op, batch_outer, fold_batch, unfold_batch
 from fusee._rows import fold_rows
 
@@ -58,9 +58,9 @@ def _vmap(info: Any, in_dims: Any, input: Tensor, log: bool) -> Any:
     return (unfold_batch(info, output, outer), unfold_batch(info, total, outer)), (0, 0)
 
 
-def _backward(ctx: Any, grad: Tensor) -> Any:
-    input, log = ctx.args
-    (total,) = ctx.constants
+def _backward(ctx: Any, args: Any, constants: Any, grad: Tensor) -> Any:
+    input, log = args
+    (total,) = constants
     return _stablemax_backward(grad, input, total, log), None
 
 
@@ -110,7 +110,7 @@ def _along(input: Tensor, dim: int, dtype: torch.dtype | None, log: bool) -> Ten
     if dtype is not None and isinstance(input, Tensor):
         input = input.to(dtype)
     check_floating("input", input)
-    if dtype is None and torch.is_autocast_enabled(input.device.type):
+    if dtype is None and autocast_enabled(input):
         # As softmax does under autocast.
         input = input.to(accumulate_dtype(input.dtype))
     rows = fold_rows(input, check_dim(dim, input.dim()))

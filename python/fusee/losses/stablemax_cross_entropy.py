@@ -221,9 +221,9 @@ def row_gradient(grad: Tensor, reduction: int, divisor: Tensor, shape: torch.Siz
     return grad if reduction == 0 else grad.expand(shape)
 
 
-def _backward(ctx: Any, grad: Tensor) -> Any:
-    input, target, weight, ignore_index, reduction, label_smoothing, z_loss = ctx.args
-    stats, info = ctx.constants
+def _backward(ctx: Any, args: Any, constants: Any, grad: Tensor) -> Any:
+    input, target, weight, ignore_index, reduction, label_smoothing, z_loss = args
+    stats, info = constants
     g = row_gradient(grad, reduction, info[0], stats.shape[:2])
     grad_input = grad_target = None
     if ctx.needs_input_grad[0]:
