@@ -115,8 +115,8 @@ def pytest_runtest_makereport(item: pytest.Item) -> Any:
 
 
 def _cell(outcomes: set[tuple[str, str]]) -> str:
-    """What a run shows of one check of one operator: the devices on which it passed, or a failure. A
-    device whose tests were skipped is not among them."""
+    """What a run shows of one check of one operator: where it passed, or that it failed. A device
+    whose tests were skipped is not among them."""
     if any(outcome in ("failed", "error") for _, outcome in outcomes):
         return "FAIL"
     ran = sorted({device for device, outcome in outcomes if outcome == "passed"})

@@ -74,11 +74,11 @@ struct Linear {
     }
   }
 
-  // f(first, n, logits) for chunks of n rows with all classes: a fourteenth of the rows, at least 64 so
+  // f(first, n, logits) for chunks of n rows with all classes: an eleventh of the rows, at least 64 so
   // that the products are efficient, at most 256.
   template <typename F>
   void for_each_row_chunk(const F& f) const {
-    const int64_t wanted = std::clamp<int64_t>(rows / 14 / 8 * 8, 64, 256);
+    const int64_t wanted = std::clamp<int64_t>(rows / 11 / 8 * 8, 64, 256);
     const int64_t step = std::min(rows, wanted);
     Tensor logits = buffer(step, classes);
     for (int64_t first = 0; first < rows; first += step) {

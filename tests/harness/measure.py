@@ -75,19 +75,31 @@ def dtype_of(arguments: Arguments) -> torch.dtype:
     )
 
 
-def check_error(actual: Tensor, plain: Tensor, exact: Tensor, what: str) -> None:
+def check_error(
+    actual: Tensor,
+    plain: Tensor,
+    exact: Tensor,
+    what: str,
+    given: torch.dtype = torch.float64,
+    *,
+    half_inside: bool = False,
+) -> None:
     """Holds a result to the error bound of DESIGN.md.
 
     At most twice the error of the straightforward computation ``plain`` against ``exact``
-    (float64), in float32 and float64 never more than ``CAPS``. The straightforward result of a
-    handful of numbers may be exact by luck, so the least that is asked for is 8 units of the last
-    place of the accumulation dtype, and half types' own rounding.
+    (float64); in float32 and float64, unless computed from half types (``given``), never more than
+    ``CAPS``. The straightforward result of a handful of numbers may be exact by luck, so the least
+    that is asked for is 8 units of the last place of the accumulation dtype, and half types' own
+    rounding: of the result, or (``half_inside``) of what it is made from.
     """
     dtype = actual.dtype
     error = relative_error(actual, exact)
     least = 8 * torch.finfo(accumulation(dtype)).eps
     if dtype not in CAPS:
         least += torch.finfo(dtype).eps
+    elif half_inside and given not in CAPS:
+        least += torch.finfo(given).eps
     bound = max(2 * relative_error(plain.to(dtype), exact), least)
-    bound = min(bound, CAPS.get(dtype, float("inf")))
+    if given in CAPS:
+        bound = min(bound, CAPS.get(dtype, float("inf")))
     assert error <= bound, f"{what}: error {error:.3g}, bound {bound:.3g} in {dtype}"

@@ -147,6 +147,9 @@ class OpSpec:
     engine_ulps: float = 4.0
     """How far two engines may differ, in units of the last place of the largest element; four times
     as much in float64, whose sums have no wider type."""
+    half_inside: bool = False
+    """Whether results of half types pass through numbers of that type, as those of a matrix product
+    do, so that the reference may differ by their rounding."""
     least_scale: float = 0.0
     """The size of the numbers that a result is computed from, where it cancels to less: 1 for the
     logarithm of a probability near one."""

@@ -20,6 +20,7 @@ from tests.harness.raw import (
 from tests.harness.spec import OpSpec
 from tests.harness.table import RECORDS
 
+HALF = (torch.bfloat16, torch.float16)
 DIFFERENTIABLE = {name: places for spec in RECORDS for name, places in spec.raw.items()}
 
 
@@ -27,18 +28,23 @@ def _outputs(output: Any) -> tuple[Tensor, ...]:
     return output if isinstance(output, tuple) else (output,)
 
 
-def _compare(
-    actual: Tensor, expected: Tensor, dtype: torch.dtype, units: float, least: float
-) -> None:
-    """Equal within ``units`` of the accumulation dtype, and one rounding of the result's own
-    dtype."""
+def _compare(actual: Tensor, expected: Tensor, spec: OpSpec, dtype: torch.dtype) -> None:
+    """Equal within a few units of the accumulation dtype and one rounding of a half type: that of
+    the result, or of what it is made from."""
     assert actual.dtype == expected.dtype
     assert actual.shape == expected.shape
-    eps = torch.finfo(accumulation(dtype)).eps * units
-    bound = eps / torch.finfo(actual.dtype).eps + (
-        actual.dtype not in (torch.float32, torch.float64)
-    )
-    assert ulps(actual, expected, least) <= bound
+    bound = 4 * spec.ulps(dtype) * torch.finfo(accumulation(dtype)).eps
+    if dtype in HALF and (spec.half_inside or actual.dtype in HALF):
+        bound += 2 * torch.finfo(dtype).eps if spec.half_inside else torch.finfo(dtype).eps
+    assert ulps(actual, expected, spec.least_scale) * torch.finfo(actual.dtype).eps <= bound
+
+
+def test_engine_kernels(spec: OpSpec, device: str) -> None:
+    """The engine has a kernel of its own for every operator: without one, the reference would serve
+    in its place, and every other check would pass."""
+    key = device.upper()
+    for name in spec.raw:
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"fusee::{name}", key), name
 
 
 def test_reference(spec: OpSpec, dtype: torch.dtype, device: str) -> None:
@@ -53,7 +59,7 @@ def test_reference(spec: OpSpec, dtype: torch.dtype, device: str) -> None:
                 expected = _outputs(ops[name].reference(*arguments))
                 for place, (a, e) in enumerate(zip(actual, expected, strict=True)):
                     with naming(f"{sample.name}, {name}, {layout}, output {place}"):
-                        _compare(a, e, dtype, 4 * spec.ulps(dtype), spec.least_scale)
+                        _compare(a, e, spec, dtype)
     assert seen >= set(spec.raw), f"no sample calls {set(spec.raw) - seen}"
 
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import fusee
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import fusee
 from tests.harness.measure import accumulation
 from tests.harness.spec import Arguments, ErrorInput, Maker, OpSpec, Sample
 from tests.losses.record_stablemax_cross_entropy import cross_entropy_of_symlog
@@ -135,6 +135,7 @@ RECORDS = [
         large=_large,
         not_batched=("weight",),
         engine_ulps=16.0,
+        half_inside=True,
         not_applicable={
             "traffic": "its matrix products are torch's own, which the emulator does not count",
             "cuda_kernels": "its matrix products are torch's own",

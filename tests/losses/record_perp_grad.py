@@ -114,7 +114,8 @@ def _norm_kept(sample: Sample, output: Tensor) -> None:
 _NO_DERIVATIVES = (
     "gradients gradient_layouts gradcheck gradgradcheck third_order retain_graph checkpoint "
     "no_grad each_gradient_alone func_grad jacrev jacfwd jvp dual_numbers hessian "
-    "per_sample_gradients transforms_on_float32 transforms_in_compiled_code second_order_of_compiled_code"
+    "per_sample_gradients transforms_on_float32 transforms_in_compiled_code "
+    "second_order_of_compiled_code"
 )
 _IN_PLACE = "reference raw_inputs_unwritten opcheck strides_of_fake documentation"
 _NOT_APPLICABLE = {

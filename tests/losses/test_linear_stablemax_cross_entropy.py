@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import fusee
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import fusee
 from tests.harness.measure import ulps
 
 loss_of = fusee.linear_stablemax_cross_entropy

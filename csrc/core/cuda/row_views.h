@@ -114,6 +114,7 @@ class BlockRow {
   using T = typename Data::T;
   using U = typename Data::U;
   using A = typename Data::A;
+  static constexpr bool kSeveralRows = false;
 
   FUSEE_DEVICE explicit BlockRow(const Data& data)
       : data_(data), begin_(static_cast<int64_t>(blockIdx.x) * data.shape.length) {}
@@ -127,6 +128,9 @@ class BlockRow {
     FUSEE_SHARED(V, scratch, 32);
     return block_reduce(value, op, identity, scratch);
   }
+  // The sum over the block's rows of what their leaders hold, in the block's first thread. All threads
+  // of a leader's warp must take part.
+  FUSEE_DEVICE double block_total(double of_leader) const { return of_leader; }
 
   // f(j, x_j, y_j) for the thread's elements; flush() after every few of them.
   template <typename F, typename Flush>
@@ -237,6 +241,7 @@ class ThreadRow {
   using U = typename Data::U;
   using A = typename Data::A;
   static constexpr int kRows = 128;
+  static constexpr bool kSeveralRows = true;
 
   FUSEE_DEVICE explicit ThreadRow(const Data& data)
       : data_(data), first_(static_cast<int64_t>(blockIdx.x) * kRows) {
@@ -252,6 +257,10 @@ class ThreadRow {
   template <typename V, typename Op>
   FUSEE_DEVICE V reduce(const V& value, Op, const V&) const {
     return value;
+  }
+  FUSEE_DEVICE double block_total(double of_leader) const {
+    FUSEE_SHARED(double, scratch, 32);
+    return block_sum(of_leader, scratch);
   }
 
   template <typename F, typename Flush>
@@ -346,6 +355,7 @@ class ColumnRow {
   using U = typename Data::U;
   using A = typename Data::A;
   static constexpr int kMaxWarps = 16;
+  static constexpr bool kSeveralRows = true;
 
   FUSEE_DEVICE explicit ColumnRow(const Data& data) : data_(data) {
     const int64_t tiles = (data.shape.inner + 31) / 32;
@@ -371,30 +381,31 @@ class ColumnRow {
       result = op(result, scratch.load(warp * 32 + threadIdx.x));
     return result;
   }
+  FUSEE_DEVICE double block_total(double of_leader) const { return warp_sum(of_leader); }
 
   template <typename F, typename Flush>
   FUSEE_DEVICE void visit(F&& f, Flush&& flush) {
     if (!active()) return;
     int steps = 0;
-    walk([&](int64_t j, int64_t at) {
-      f(j, static_cast<A>(load(data_.x, at)), second(at));
+    walk([&](int64_t j, A x, A y) {
+      f(j, x, y);
       if ((++steps & 7) == 0) flush();
     });
     flush();
+    cached_ = Data::kCache && fits(data_.shape);
   }
 
   template <typename F>
   FUSEE_DEVICE void transform(F&& f) {
     if (!active()) return;
-    walk([&](int64_t j, int64_t at) {
-      store(data_.output, at,
-            static_cast<T>(f(j, static_cast<A>(load(data_.x, at)), second(at))));
+    walk([&](int64_t j, A x, A y) {
+      store(data_.output, begin_ + j * data_.shape.inner, static_cast<T>(f(j, x, y)));
     });
   }
 
   FUSEE_DEVICE void finish() {}
 
-  static size_t shared_bytes(const RowShape&) { return 0; }
+  static size_t shared_bytes(const RowShape& shape) { return fits(shape) ? bytes(shape) : 0; }
   static dim3 grid(const RowShape& shape) {
     return dim3(static_cast<unsigned>(shape.outer * ((shape.inner + 31) / 32)));
   }
@@ -404,21 +415,43 @@ class ColumnRow {
   }
 
  private:
+  static FUSEE_HOST_DEVICE size_t bytes(const RowShape& shape) {
+    return static_cast<size_t>(shape.length) * 32 * (sizeof(T) + (Data::kTwo ? sizeof(U) : 0));
+  }
+  static FUSEE_HOST_DEVICE bool fits(const RowShape& shape) {
+    return Data::kCache && bytes(shape) <= kMaxCachedBytes;
+  }
+
+  // Calls f(j, x_j, y_j). A thread meets the same elements in every walk, so it reads back only what it
+  // cached itself.
   template <typename F>
   FUSEE_DEVICE void walk(F&& f) const {
-    for (int64_t j = threadIdx.y; j < data_.shape.length; j += blockDim.y)
-      f(j, begin_ + j * data_.shape.inner);
-  }
-  FUSEE_DEVICE A second(int64_t at) const {
-    if constexpr (Data::kTwo) {
-      return static_cast<A>(load(data_.y, at));
-    } else {
-      return A(0);
+    for (int64_t j = threadIdx.y; j < data_.shape.length; j += blockDim.y) {
+      const int64_t at = begin_ + j * data_.shape.inner, place = j * 32 + threadIdx.x;
+      if constexpr (Data::kCache) {
+        if (fits(data_.shape)) {
+          FUSEE_DYNAMIC_SHARED(T, x_cache, data_.shape.length * 32);
+          if (!cached_) x_cache.store(place, load(data_.x, at));
+          A y = 0;
+          if constexpr (Data::kTwo) {
+            FUSEE_DYNAMIC_SHARED_AT(U, y_cache, data_.shape.length * 32,
+                                    data_.shape.length * 32 * sizeof(T));
+            if (!cached_) y_cache.store(place, load(data_.y, at));
+            y = static_cast<A>(y_cache.load(place));
+          }
+          f(j, static_cast<A>(x_cache.load(place)), y);
+          continue;
+        }
+      }
+      A y = 0;
+      if constexpr (Data::kTwo) y = static_cast<A>(load(data_.y, at));
+      f(j, static_cast<A>(load(data_.x, at)), y);
     }
   }
 
   const Data& data_;
   int64_t inner_, row_, begin_;
+  bool cached_ = false;
 };
 
 // Launches Kernel::run<View> for the view that suits the shape. Kernel is a callable structure of
@@ -430,22 +463,37 @@ __global__ void __launch_bounds__(512, sizeof(typename View::A) == 8 ? 1 : 2) ru
   view.finish();
 }
 
+// Calls f.template operator()<View>() for the view that suits the shape.
+template <typename Data, typename F>
+void with_view(const RowShape& shape, const F& f) {
+  if (shape.inner > 1) {
+    f.template operator()<ColumnRow<Data>>();
+  } else if (shape.length <= kShortRow) {
+    f.template operator()<ThreadRow<Data>>();
+  } else {
+    f.template operator()<BlockRow<Data>>();
+  }
+}
+
+// How many blocks share the rows, where each has several; zero where every row has its own.
+template <typename Data>
+int64_t blocks_of_rows(const RowShape& shape) {
+  int64_t blocks = 0;
+  with_view<Data>(shape, [&]<typename View>() {
+    if (View::kSeveralRows) blocks = View::grid(shape).x;
+  });
+  return blocks;
+}
+
 template <typename Kernel>
 void launch_rows(const Kernel& kernel, Stream stream) {
   using Data = std::decay_t<decltype(kernel.data)>;
   const RowShape& shape = kernel.data.shape;
   if (shape.outer == 0 || shape.inner == 0) return;
-  auto launch_view = [&]<typename View>() {
+  with_view<Data>(shape, [&]<typename View>() {
     launch(run_rows<View, Kernel>, View::grid(shape), View::block(shape), View::shared_bytes(shape),
            stream, kernel);
-  };
-  if (shape.inner > 1) {
-    launch_view.template operator()<ColumnRow<Data>>();
-  } else if (shape.length <= kShortRow) {
-    launch_view.template operator()<ThreadRow<Data>>();
-  } else {
-    launch_view.template operator()<BlockRow<Data>>();
-  }
+  });
 }
 
 }  // namespace cuda

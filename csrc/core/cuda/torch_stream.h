@@ -1,7 +1,7 @@
 // Where an operator's CUDA kernels run: the tensor's device, on PyTorch's current stream.
 #pragma once
 
-#include "core/cuda/launch.h"
+#include "core/cuda/kernel.h"
 #include "core/torch.h"
 
 #if !defined(FUSEE_EMULATED)
