@@ -1,8 +1,9 @@
 // Walking the rows of a contiguous (outer, length, inner) tensor on the CPU.
 //
-// Long contiguous rows (inner == 1) are walked one at a time, with consecutive elements in the vector
-// lanes. In every other layout a tile of rows is walked together, element by element, with one row in
-// each lane: rows that lie side by side (inner > 1), and rows too short to fill a vector.
+// Rows are taken in tiles, so that what is done once a row can be done for several at once. Long contiguous
+// rows (inner == 1) are walked along, with consecutive elements in the vector lanes. In every other layout
+// the rows of a tile are walked across, element by element, with one row in each lane: rows that lie side
+// by side (inner > 1), and rows too short to fill a vector.
 //
 // Kernels give per-element functions; `make(lane, begin)` returns the function of one row for the
 // elements from `begin` on, called as f(k, offset) for element begin + k at `offset` in memory.
@@ -28,6 +29,7 @@ struct Tile {
   int lanes;      // how many rows
   int64_t step;   // from one element of a row to the next
   int64_t lane_step;
+  bool across;
 };
 
 struct Rows {
@@ -36,33 +38,40 @@ struct Rows {
   int64_t count() const { return outer * inner; }
   bool across() const { return inner > 1 || length <= kShortRow; }
 
-  int64_t tiles() const {
-    if (!across()) return outer;
-    return inner == 1 ? (outer + kLanes - 1) / kLanes : outer * ((inner + kLanes - 1) / kLanes);
+  // Long rows are few in a tile: enough of them to fill it with as many elements as a chunk has.
+  int64_t rows_per_tile() const {
+    constexpr int64_t kElements = 8192;
+    return across() ? kLanes : std::clamp<int64_t>(kElements / length, 1, kLanes);
   }
-  int64_t elements_per_tile() const { return across() ? length * kLanes : length; }
+  int64_t tiles() const {
+    const int64_t n = rows_per_tile();
+    return inner == 1 ? (outer + n - 1) / n : outer * ((inner + n - 1) / n);
+  }
+  int64_t elements_per_tile() const { return length * rows_per_tile(); }
 
   Tile tile(int64_t index) const {
-    if (!across()) return {index, index * length, 1, 1, 0};
+    const int64_t n = rows_per_tile();
     if (inner == 1) {
-      const int64_t row = index * kLanes;
-      return {row, row * length, static_cast<int>(std::min<int64_t>(kLanes, outer - row)), 1,
-              length};
+      const int64_t row = index * n;
+      return {row, row * length, static_cast<int>(std::min(n, outer - row)), 1, length, across()};
     }
-    const int64_t per_outer = (inner + kLanes - 1) / kLanes;
-    const int64_t o = index / per_outer, i = index % per_outer * kLanes;
-    return {o * inner + i, o * length * inner + i,
-            static_cast<int>(std::min<int64_t>(kLanes, inner - i)), inner, 1};
+    const int64_t per_outer = (inner + n - 1) / n;
+    const int64_t o = index / per_outer, i = index % per_outer * n;
+    return {o * inner + i, o * length * inner + i, static_cast<int>(std::min(n, inner - i)),
+            inner, 1, true};
   }
 };
 
 // Calls f for every element of the tile's rows.
 template <typename Make>
 void for_each_element(const Tile& t, int64_t length, const Make& make) {
-  if (t.lane_step == 0) {
-    const auto f = make(0, int64_t{0});
+  if (!t.across) {
+    for (int i = 0; i < t.lanes; ++i) {
+      const auto f = make(i, int64_t{0});
+      const int64_t first = t.first + i * t.lane_step;
 #pragma omp simd
-    for (int64_t k = 0; k < length; ++k) f(k, t.first + k);
+      for (int64_t k = 0; k < length; ++k) f(k, first + k);
+    }
     return;
   }
   for (int64_t k = 0; k < length; ++k) {
@@ -88,11 +97,11 @@ template <typename A, typename Make>
 void sum_elements(const Tile& t, int64_t length, const Make& make, double (*sums)[kLanes]) {
   std::fill_n(sums[0], t.lanes, 0.0);
   std::fill_n(sums[1], t.lanes, 0.0);
-  for (int64_t begin = 0; begin < length; begin += kChunk) {
-    const int32_t count = static_cast<int32_t>(std::min(kChunk, length - begin));
-    const int64_t start = t.first + begin * t.step;
-    if (t.lane_step == 0) {
-      const auto f = make(0, begin);
+  for (int i = 0; !t.across && i < t.lanes; ++i) {
+    for (int64_t begin = 0; begin < length; begin += kChunk) {
+      const int32_t count = static_cast<int32_t>(std::min(kChunk, length - begin));
+      const int64_t start = t.first + i * t.lane_step + begin;
+      const auto f = make(i, begin);
       A first = 0, second = 0;
 #pragma omp simd reduction(+ : first, second)
       for (int32_t k = 0; k < count; ++k) {
@@ -100,10 +109,13 @@ void sum_elements(const Tile& t, int64_t length, const Make& make, double (*sums
         first += terms.first;
         second += terms.second;
       }
-      sums[0][0] += first;
-      sums[1][0] += second;
-      continue;
+      sums[0][i] += first;
+      sums[1][i] += second;
     }
+  }
+  for (int64_t begin = 0; t.across && begin < length; begin += kChunk) {
+    const int32_t count = static_cast<int32_t>(std::min(kChunk, length - begin));
+    const int64_t start = t.first + begin * t.step;
     A first[kLanes], second[kLanes];
     std::fill_n(first, t.lanes, A(0));
     std::fill_n(second, t.lanes, A(0));

@@ -132,22 +132,46 @@ void sum_tile(const Problem<T>& p, const Tile& tile, const Pivot* pivots, const 
   });
 }
 
-// The losses and the saved values of a tile, from the odds against its rows' pivots and S. Loops over
-// plain arrays vectorise where loops over small structures do not.
+// What R and s_t say of the rows of a tile. Loops over plain arrays vectorise where loops over small
+// structures do not.
+struct Odds {
+  double odds[kLanes], log[kLanes], sum[kLanes];
+
+  // From R of float rows, which double holds.
+  template <typename A>
+  void set(int lanes, const double* rest, const A* x_pivot) {
+#pragma omp simd
+    for (int i = 0; i < lanes; ++i) {
+      const double s_t = stable_exp(static_cast<double>(x_pivot[i]));
+      odds[i] = rest[i] / s_t;
+      sum[i] = rest[i] + s_t;
+    }
+#pragma omp simd
+    for (int i = 0; i < lanes; ++i) log[i] = log1p_nonnegative(odds[i]);
+  }
+
+  void set(int i, const RowSum& rest, double x_pivot) {
+    const double s_t = stable_exp(x_pivot);
+    odds[i] = odds_against(rest, s_t);
+    log[i] = log_odds(odds[i], rest, x_pivot);
+    sum[i] = rest.value() + s_t;
+  }
+};
+
+// The losses and the saved values of a tile.
 template <typename T, typename A = accumulate_t<T>>
-void finish_tile(const Problem<T>& p, const Tile& tile, const Pivot* pivots, const double* odds,
-                 const double* log_odds, const double* sum, const double* spread, const A* x_pivot,
-                 A* loss, RowStats<A>* stats) {
+void finish_tile(const Problem<T>& p, const Tile& tile, const Pivot* pivots, const Odds& odds,
+                 const double* spread, const A* x_pivot, A* loss, RowStats<A>* stats) {
   double share[kLanes];
 #pragma omp simd
-  for (int i = 0; i < tile.lanes; ++i) share[i] = rest_share(odds[i]);
+  for (int i = 0; i < tile.lanes; ++i) share[i] = rest_share(odds.odds[i]);
   for (int i = 0; i < tile.lanes; ++i) {
-    stats[i] = {static_cast<A>(sum[i]), static_cast<A>(share[i])};
-    loss[i] = static_cast<A>(pivots[i].total * log_odds[i] + spread[i]);
+    stats[i] = {static_cast<A>(odds.sum[i]), static_cast<A>(share[i])};
+    loss[i] = static_cast<A>(pivots[i].total * odds.log[i] + spread[i]);
   }
   if (p.options.z_loss != 0)
     for (int i = 0; i < tile.lanes; ++i)
-      loss[i] += static_cast<A>(z_term(log_odds[i], x_pivot[i], p.options.z_loss));
+      loss[i] += static_cast<A>(z_term(odds.log[i], x_pivot[i], p.options.z_loss));
   for (int i = 0; i < tile.lanes; ++i) {
     if (pivots[i].at != kNoLoss) continue;
     loss[i] = p.lost_value(tile.row + i);
@@ -168,15 +192,16 @@ void forward_tile(const Problem<T>& p, const Tile& tile, A* loss, RowStats<A>* s
   if (p.spreads())
     for (int i = 0; i < tile.lanes; ++i) symlog_pivot[i] = symlog(x_pivot[i]);
   sum_tile(p, tile, pivots, symlog_pivot, sums);
-  double odds[kLanes], log_odds_[kLanes], sum[kLanes];
-  for (int i = 0; i < tile.lanes; ++i) {
-    const RowSum rest = RowSum::from<A>(sums[0][i], sums[1][i]);
-    const double s_t = stable_exp(static_cast<double>(x_pivot[i]));
-    odds[i] = odds_against(rest, s_t);
-    log_odds_[i] = log_odds(odds[i], rest, x_pivot[i]);
-    sum[i] = rest.value() + s_t;
+  Odds odds;
+  if constexpr (sizeof(A) == 4) {
+    double rest[kLanes];
+    for (int i = 0; i < tile.lanes; ++i) rest[i] = RowSum::value_from<A>(sums[0][i], sums[1][i]);
+    odds.set(tile.lanes, rest, x_pivot);
+  } else {
+    for (int i = 0; i < tile.lanes; ++i)
+      odds.set(i, RowSum::from<A>(sums[0][i], sums[1][i]), x_pivot[i]);
   }
-  finish_tile(p, tile, pivots, odds, log_odds_, sum, sums[2], x_pivot, loss, stats);
+  finish_tile(p, tile, pivots, odds, sums[2], x_pivot, loss, stats);
 }
 
 // Rows too short for a vector, with nothing but the target's own coefficient: the elements of all rows
@@ -197,7 +222,7 @@ void forward_flat(const Problem<T>& p, const Tile& tile, A* loss, RowStats<A>* s
   Pivot pivots[kLanes];
   tile_pivots(p, tile, pivots);
   A x_pivot[kLanes];
-  double rest[kLanes], odds[kLanes], log_odds[kLanes], sum[kLanes], spread[kLanes] = {};
+  double rest[kLanes], spread[kLanes] = {};
   for (int i = 0; i < tile.lanes; ++i) {
     const int at = i * classes + static_cast<int>(std::max<int64_t>(0, pivots[i].at));
     x_pivot[i] = static_cast<A>(x[at]);
@@ -208,15 +233,9 @@ void forward_flat(const Problem<T>& p, const Tile& tile, A* loss, RowStats<A>* s
     for (int c = 0; c < classes; ++c) total += terms[i * classes + c];
     rest[i] = total;
   }
-#pragma omp simd
-  for (int i = 0; i < tile.lanes; ++i) {
-    const double s_t = stable_exp(static_cast<double>(x_pivot[i]));
-    odds[i] = rest[i] / s_t;
-    sum[i] = rest[i] + s_t;
-  }
-#pragma omp simd
-  for (int i = 0; i < tile.lanes; ++i) log_odds[i] = log1p_nonnegative(odds[i]);
-  finish_tile(p, tile, pivots, odds, log_odds, sum, spread, x_pivot, loss, stats);
+  Odds odds;
+  odds.set(tile.lanes, rest, x_pivot);
+  finish_tile(p, tile, pivots, odds, spread, x_pivot, loss, stats);
 }
 
 // The backward pass may write its output over the logits: an element is read before it is written.
