@@ -50,22 +50,24 @@ def check_dim(dim: Any, ndim: int) -> int:
     return dim % extent
 
 
-def require_values(tensor: Tensor, holds: Tensor | bool, raise_error: Callable[[], None]) -> None:
+def require_values(
+    tensor: Tensor, violations: Callable[[], Tensor], raise_error: Callable[[], None]
+) -> None:
     """Enforces a condition that only the values show.
 
-    Calls ``raise_error`` unless ``holds``: in eager mode for CPU tensors, and everywhere under
+    Calls ``raise_error`` unless ``violations()`` is zero: in eager mode for CPU tensors, and everywhere under
     ``FUSEE_CHECK_VALUES=1`` (a RuntimeError in compiled code). Elsewhere nothing is read back from
     the device, and the operator marks what it touches with NaN.
     """
     always = os.environ.get("FUSEE_CHECK_VALUES") == "1"
     if torch.compiler.is_compiling():
-        if always and isinstance(holds, Tensor):
-            torch._assert_async(holds, "fusee: a value of an argument is out of its range")
+        if always:
+            torch._assert_async(violations() == 0, "fusee: a value of an argument is out of its range")
         return
-    traced = in_functorch_transform() or type(tensor) not in (Tensor, torch.nn.Parameter)
-    if traced or not (always or tensor.device.type == "cpu"):
+    if not (always or tensor.device.type == "cpu"):
         return
-    if not bool(holds):
+    traced = type(tensor) not in (Tensor, torch.nn.Parameter) or in_functorch_transform()
+    if not traced and violations().item() != 0:
         raise_error()
 
 

@@ -152,7 +152,7 @@ class OpSpec:
     do, so that the reference may differ by their rounding."""
     least_scale: float = 0.0
     """The size of the numbers that a result is computed from, where it cancels to less: 1 for the
-    logarithm of a probability near one."""
+    logarithm of a probability near one, or gradients that cancel between classes."""
     traffic: tuple[Traffic, ...] = ()
     cuda_kernels: tuple[CudaKernel, ...] = ()
     not_applicable: dict[str, str] = field(default_factory=dict)

@@ -136,6 +136,7 @@ RECORDS = [
         not_batched=("weight",),
         engine_ulps=16.0,
         half_inside=True,
+        least_scale=1.0,
         not_applicable={
             "traffic": "its matrix products are torch's own, which the emulator does not count",
             "cuda_kernels": "its matrix products are torch's own",

@@ -362,7 +362,11 @@ def linear_stablemax_cross_entropy(
         label_smoothing,
         *made,
     )
-    require_values(input, info[1] == 0, lambda: raise_for_target(checked, classes, ignore_index))
+    require_values(
+        input,
+        lambda: info[1],
+        lambda: raise_for_target(checked, classes, ignore_index),
+    )
     return loss.reshape(checked.shape) if number == 0 else loss
 
 

@@ -303,7 +303,7 @@ def check_class_weight(weight: Any, classes: int, input: Tensor) -> Tensor | Non
     def negative() -> None:
         raise ValueError(f"weight must not be negative, got {weight.min().item()}")
 
-    require_values(weight, ~(weight < 0).any(), negative)
+    require_values(weight, lambda: (weight < 0).any(), negative)
     return weight.detach().to(accumulate_dtype(input.dtype))
 
 
@@ -425,7 +425,9 @@ def stablemax_cross_entropy(
         rows.folded, folded_target, class_weight, ignore_index, number, label_smoothing, z_loss
     )
     require_values(
-        input, info[1] == 0, lambda: raise_for_target(checked, classes, ignore_index)
+        input,
+        lambda: info[1],
+        lambda: raise_for_target(checked, classes, ignore_index),
     )
     rest = (*input.shape[:dim], *input.shape[dim + 1 :])
     return loss.reshape(rest) if number == 0 else loss
