@@ -12,7 +12,7 @@ INSTALL := $(PIP) install --no-build-isolation
 NATIVE := $(wildcard csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*/*.h)
 EMULATOR := $(wildcard tests/emulator/*.h tests/emulator/*.cpp)
 FORMATTED := $(NATIVE) $(EMULATOR) $(wildcard tests/emulator/*.cu)
-SOURCES := $(NATIVE) CMakeLists.txt pyproject.toml \
+SOURCES := $(NATIVE) CMakeLists.txt pyproject.toml csrc/exports.map \
 	$(shell find python/fusee -name '*.py' -o -name '*.pyi' -o -name 'py.typed') \
 	$(shell find csrc python/fusee -type d -not -name __pycache__ -not -path python/fusee/lib)
 

@@ -151,7 +151,11 @@ struct LinearGradients {
     }
   }
 
-  std::tuple<Tensor, Tensor, Tensor> finish() const {
+  std::tuple<Tensor, Tensor, Tensor> finish() {
+    if (layer.rows == 0) {
+      torch::stable::zero_(weight);
+      torch::stable::zero_(bias);
+    }
     return {torch::stable::to(input, layer.input.scalar_type()), weight, bias};
   }
 

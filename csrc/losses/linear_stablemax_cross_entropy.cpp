@@ -1,8 +1,9 @@
 // StableMax cross entropy of a linear layer on the CPU.
 //
-// Where the gradients are wanted with the loss, they are formed from a chunk of rows at a time, each row
-// while it lies in cache. Otherwise the logits exist a block of classes at a time: S is a plain sum,
-// without a maximum to subtract, so the blocks' sums add up; the backward pass makes each block again.
+// In float32 and float64 the logits exist a chunk of rows at a time, and where the gradients are wanted
+// with the loss, each row becomes its gradient while it lies in cache. In the half types, and in a
+// backward pass of its own, they exist a block of classes at a time: S is a plain sum, without a maximum
+// to subtract, so the blocks' sums add up; and a gradient of the weights is one product, not a sum.
 
 #include "losses/checks.h"
 #include "losses/linear_blocks.h"
@@ -148,14 +149,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_stablemax_cros
     A* rows = mutable_data<A>(losses);
     auto* saved = reinterpret_cast<RowStats<A>*>(mutable_data<A>(stats));
     auto gradients = gradients_of<T>(layer, wanted);
-    if (wanted.any()) {
+    if constexpr (std::is_same_v<T, A>) {
+      // Whether the gradients are formed or not, so that the loss has the same bits.
       const A h = static_cast<A>(reduction == kReductionMean ? 1 / counts[0] : 1);
       layer.for_each_row_chunk([&](int64_t first, int64_t n, const Tensor& logits) {
         const Problem<T> p = call.part(first, n, 0, layer.classes, logits);
         T* in_place = mutable_data<T>(logits);
         for_each_tile(p, [&](const Tile& tile) {
           forward(p, tile, rows + first, saved + first);
-          backward(p, tile, &h, 0, saved + first, in_place);
+          if (wanted.any()) backward(p, tile, &h, 0, saved + first, in_place);
         });
         gradients.add_row_chunk(first, n, logits);
       });

@@ -64,8 +64,9 @@ struct Target {
                                                       : std::numeric_limits<A>::quiet_NaN();
   }
 
-  FUSEE_DEVICE RowCount count(int64_t row) const {
+  FUSEE_DEVICE RowCount count(int64_t row, const Pivot& pivot) const {
     if (!indices) return {1, 0};
+    if (pivot.at >= 0) return {static_cast<double>(class_weight(first_class + pivot.at)), 0};
     const int64_t y = load(indices, row);
     if (y == options.ignore_index) return {0, 0};
     if (y < 0 || y >= classes) return {0, 1};
@@ -116,7 +117,7 @@ struct LossOfRow {
 
   FUSEE_DEVICE LossOfRow(const Target<A>& target, int64_t row, const Pivot& pivot,
                          const RowSum& rest, A x_t, double spread) {
-    count = target.count(row);
+    count = target.count(row, pivot);
     if (pivot.at == kNoLoss) {
       loss = target.lost_value(row);
       return;
@@ -144,10 +145,7 @@ struct Forward {
   template <typename View>
   FUSEE_DEVICE void operator()(View& view) const {
     const Pivot pivot = target.pivot(view);
-    const int64_t element =
-        view.row() / data.shape.inner * data.shape.length * data.shape.inner +
-        view.row() % data.shape.inner + (pivot.at < 0 ? 0 : pivot.at) * data.shape.inner;
-    const A x_t = view.active() ? static_cast<A>(load(data.x, element)) : A(0);
+    const A x_t = view.active() ? view.element(pivot.at < 0 ? 0 : pivot.at) : A(0);
     const A symlog_t = symlog(x_t);
     Accumulator<A> positive, negative, spread;
     const bool spreads = target.spreads();
@@ -237,7 +235,7 @@ __global__ void __launch_bounds__(512)
   }
   for (int64_t row = threadIdx.x; blocks == 0 && row < rows; row += blockDim.x) {
     if (reduction != kReductionNone) sum += load(losses, row);
-    const RowCount count = target.count(row);
+    const RowCount count = target.count(row, Pivot{kNoLoss, 0, 0});
     divisor += count.divisor;
     invalid += count.invalid;
   }

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusee._op import in_functorch_transform
+from fusee._op import is_readable
 
 FLOATING_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -66,8 +66,7 @@ def require_values(
         return
     if not (always or tensor.device.type == "cpu"):
         return
-    traced = type(tensor) not in (Tensor, torch.nn.Parameter) or in_functorch_transform()
-    if not traced and violations().item() != 0:
+    if is_readable(tensor) and violations().item() != 0:
         raise_error()
 
 

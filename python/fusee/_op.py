@@ -26,6 +26,15 @@ def in_functorch_transform() -> bool:
     return torch._C._are_functorch_transforms_active()
 
 
+def is_readable(tensor: Tensor) -> bool:
+    """Whether the tensor's values can be read here: not while something traces or batches it."""
+    return (
+        type(tensor) in (Tensor, torch.nn.Parameter)
+        and not in_functorch_transform()
+        and not torch._C._functorch.is_legacy_batchedtensor(tensor)
+    )
+
+
 def backward_follows(*tensors: Tensor | None) -> tuple[bool, ...]:
     """For each tensor, whether a plain first-order backward pass may ask for its gradient: not while
     compiling, under a ``torch.func`` transform or in forward mode."""

@@ -128,6 +128,8 @@ class BlockRow {
     FUSEE_SHARED(V, scratch, 32);
     return block_reduce(value, op, identity, scratch);
   }
+  // x_j for any j, for all threads of the row.
+  FUSEE_DEVICE A element(int64_t j) const { return static_cast<A>(load(data_.x, begin_ + j)); }
   // The sum over the block's rows of what their leaders hold, in the block's first thread. All threads
   // of a leader's warp must take part.
   FUSEE_DEVICE double block_total(double of_leader) const { return of_leader; }
@@ -258,6 +260,7 @@ class ThreadRow {
   FUSEE_DEVICE V reduce(const V& value, Op, const V&) const {
     return value;
   }
+  FUSEE_DEVICE A element(int64_t j) const { return static_cast<A>(x_tile().load(place(j))); }
   FUSEE_DEVICE double block_total(double of_leader) const {
     FUSEE_SHARED(double, scratch, 32);
     return block_sum(of_leader, scratch);
@@ -380,6 +383,9 @@ class ColumnRow {
     for (unsigned warp = 1; warp < blockDim.y; ++warp)
       result = op(result, scratch.load(warp * 32 + threadIdx.x));
     return result;
+  }
+  FUSEE_DEVICE A element(int64_t j) const {
+    return static_cast<A>(load(data_.x, begin_ + j * data_.shape.inner));
   }
   FUSEE_DEVICE double block_total(double of_leader) const { return warp_sum(of_leader); }
 

@@ -17,7 +17,7 @@ from fusee._checks import (
     check_same_device,
     require_values,
 )
-from fusee._op import Op, backward_follows, in_functorch_transform
+from fusee._op import Op, backward_follows, is_readable
 from fusee.losses import stablemax_cross_entropy as cross_entropy
 from fusee.losses.stablemax_cross_entropy import (
     check_class_weight,
@@ -214,8 +214,7 @@ def _backward(ctx: Any, args: Any, constants: Any, grad: Tensor) -> Any:
     if any(made) and not torch.is_grad_enabled():
         # Made in the forward pass for a gradient of one. Only a real tensor on the CPU tells whether the
         # factor is that, for nothing is read back from a device.
-        real = type(grad) is Tensor and grad.device.type == "cpu" and not in_functorch_transform()
-        unit = real and grad.item() == 1
+        unit = grad.device.type == "cpu" and is_readable(grad) and grad.item() == 1
         grads = [value if unit else value * grad.to(value.dtype) for value in saved]
     else:
         g = row_gradient(grad, reduction, info[0], stats.shape[:1])
@@ -261,12 +260,12 @@ def linear_stablemax_cross_entropy(
 
     .. math:: \text{stablemax\_cross\_entropy}(x W^\top + b, y)
 
-    Where a reduced float32 or float64 loss will be differentiated once, the gradients are formed in the
-    forward pass, some rows (an eleventh, from 64 to 256) of the logits at a time. Otherwise the logits
-    exist a block of classes at a time: StableMax has no maximum to subtract, so the blocks' sums add up
-    without rescaling, and the backward pass makes each block once more. Half types always take this
-    way, which adds up the gradient of ``linear_weight`` in one product. Gradients of higher order,
-    ``torch.func`` transforms and ``vmap`` form the logits.
+    In float32 and float64 some rows of the logits exist at a time (an eleventh, from 64 to 256), and
+    where a reduced loss will be differentiated the gradients are formed with it. In the half types, and
+    for unreduced losses in the backward pass, a block of classes exists at a time: StableMax has no
+    maximum to subtract, so the blocks' sums add up without rescaling, and the gradient of
+    ``linear_weight`` is one product. Gradients of higher order, ``torch.func`` transforms and ``vmap``
+    form the logits.
 
     Args:
         input: (in_features), (N, in_features) or (..., in_features); float32, float64, bfloat16 or
