@@ -72,7 +72,7 @@ bench: $(BUILT)  ## microbenchmarks against peers and the machine's ceiling; BEN
 	@echo "report: build/bench/report.html"
 
 wheel: $(HAS_TORCH)  ## a wheel for elsewhere in build/wheel; CUDA for all architectures if nvcc is there
-	$(PIP) wheel --no-build-isolation --no-deps --wheel-dir build/wheel .
+	$(PIP) wheel -v --no-build-isolation --no-deps -C build-dir=build/for-wheel --wheel-dir build/wheel .
 
 device:  ## everything for a machine with a GPU, no network; results in OUT, STEPS="build suite" for some
 	$(PYTHON) tests/device.py --out "$(OUT)" $(STEPS)

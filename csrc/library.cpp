@@ -26,7 +26,8 @@ STABLE_TORCH_LIBRARY(fusee, m) {
   // forward operator; the others are empty tensors.
   m.def(
       "linear_stablemax_cross_entropy(Tensor input, Tensor linear_weight, Tensor target, "
-      "Tensor? linear_bias, Tensor? weight, int ignore_index, int reduction, float label_smoothing, "
+      "Tensor? linear_bias, Tensor? weight, int ignore_index, int reduction, float "
+      "label_smoothing, "
       "bool input_grad, bool weight_grad, bool bias_grad) "
       "-> (Tensor loss, Tensor stats, Tensor info, Tensor grad_input, Tensor grad_linear_weight, "
       "Tensor grad_linear_bias)");

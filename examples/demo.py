@@ -135,7 +135,9 @@ def plot(runs: dict[str, list[Run]], splits: list[Split], path: Path) -> None:
         color = LOSSES[name][2]
         band(axes[0], [r.accuracy for r in of_name], name, color)
         band(axes[1], [r.finished for r in of_name], name, color)
-    low = min(100 * min(r.accuracy[min(4, len(r.accuracy) - 1)] for r in rs) for rs in runs.values())
+    low = min(
+        100 * min(r.accuracy[min(4, len(r.accuracy) - 1)] for r in rs) for rs in runs.values()
+    )
     axes[0].set_ylim(low - 1, 100)
     axes[0].set_title("test accuracy, %", fontsize=11)
     axes[1].set_title("training images whose loss is exactly 0, %", fontsize=11)
@@ -157,8 +159,14 @@ def plot(runs: dict[str, list[Run]], splits: list[Split], path: Path) -> None:
         for line, (name, run) in enumerate(first.items()):
             chance, digit = run.probabilities[i].max(0)
             cell.text(
-                0.5, -0.1 - 0.13 * line, f"{digit}: {100 * chance:.0f} %", ha="center", va="top",
-                transform=cell.transAxes, fontsize=9, color=LOSSES[name][2],
+                0.5,
+                -0.1 - 0.13 * line,
+                f"{digit}: {100 * chance:.0f} %",
+                ha="center",
+                va="top",
+                transform=cell.transAxes,
+                fontsize=9,
+                color=LOSSES[name][2],
             )
     right.suptitle("the hardest test images, and what each network reads", fontsize=11)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -190,7 +198,9 @@ def main() -> None:
     counts = f"{len(splits[0].x)} training and {len(splits[0].x_test)} test images"
     print(f"\n{counts}, {options.seeds} seeds, {options.epochs} epochs, float32\n")
     print(table(runs, splits))
-    print("\nmean ± standard deviation over the seeds; the last three columns are of the last epoch")
+    print(
+        "\nmean ± standard deviation over the seeds; the last three columns are of the last epoch"
+    )
     print(f"picture: {options.output}")
 
 

@@ -188,7 +188,9 @@ def plot(curves: dict[Arm, Curve], path: Path) -> None:
     for axis in axes[:2]:
         axis.set_ylim(-0.02, 1.02)
     axes[2].set_ylim(bottom=0)
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(curves))
+    figure.legend(
+        *axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(curves)
+    )
     figure.suptitle("Addition modulo a prime in float32")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
@@ -197,7 +199,9 @@ def plot(curves: dict[Arm, Curve], path: Path) -> None:
 
 def table(curves: dict[Arm, Curve]) -> str:
     """The end of each run, and when it generalised."""
-    head = f"{'':31} {'epochs':>7} {'train':>7} {'test':>7} {'loss = 0':>9} {'|w|':>7} {'seconds':>8}"
+    head = (
+        f"{'':31} {'epochs':>7} {'train':>7} {'test':>7} {'loss = 0':>9} {'|w|':>7} {'seconds':>8}"
+    )
     lines = [head + "   test >= 0.9 at", "-" * (len(head) + 18)]
     for arm, c in curves.items():
         reached = next((e for e, a in zip(c.epoch, c.test, strict=True) if a >= 0.9), None)

@@ -33,7 +33,7 @@ struct Format<float> {
   using Bits = uint32_t;
   static constexpr int kMantissaBits = 23;
   static constexpr Bits kBias = 128;
-  static constexpr Bits kSqrtHalf = 0x3f3504f3;  // the bits of sqrt(1/2)
+  static constexpr Bits kSqrtHalf = 0x3f3504f3;    // the bits of sqrt(1/2)
   static constexpr float kLn2High = 0x1.62e4p-1f;  // few enough bits for exact products
   static constexpr float kLn2Low = 0x1.7f7d1cp-20f;
   static FUSEE_HOST_DEVICE float series(float z) {
@@ -79,7 +79,8 @@ FUSEE_HOST_DEVICE A log_normal(A u, A correction) {
   const Bits bits = bit_cast<Bits>(u);
   const Bits biased = (bits - F::kSqrtHalf + (F::kBias << F::kMantissaBits)) >> F::kMantissaBits;
   constexpr A kOne = A(Bits{1} << F::kMantissaBits);
-  const A exponent = bit_cast<A>(static_cast<Bits>(biased | bit_cast<Bits>(kOne))) - (kOne + A(F::kBias));
+  const A exponent =
+      bit_cast<A>(static_cast<Bits>(biased | bit_cast<Bits>(kOne))) - (kOne + A(F::kBias));
   const A m = bit_cast<A>(static_cast<Bits>(bits - ((biased - F::kBias) << F::kMantissaBits)));
   const A f = m - A(1);
   const A s = f / (A(2) + f);

@@ -57,8 +57,9 @@ struct Rows {
     }
     const int64_t per_outer = (inner + n - 1) / n;
     const int64_t o = index / per_outer, i = index % per_outer * n;
-    return {o * inner + i, o * length * inner + i, static_cast<int>(std::min(n, inner - i)),
-            inner, 1, true};
+    return {
+        o * inner + i, o * length * inner + i, static_cast<int>(std::min(n, inner - i)), inner, 1,
+        true};
   }
 };
 

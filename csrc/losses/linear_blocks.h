@@ -86,7 +86,8 @@ struct Linear {
       if (n != step) logits = buffer(n, classes);
       const Tensor x = rows_of(input, first, n);
       for_each_part([&](int64_t c, int64_t m) {
-        matmul_out(x, torch::stable::transpose(rows_of(weight, c, m), 0, 1), columns_of(logits, c, m));
+        matmul_out(x, torch::stable::transpose(rows_of(weight, c, m), 0, 1),
+                   columns_of(logits, c, m));
       });
       f(first, n, logits);
     }
@@ -139,7 +140,8 @@ struct LinearGradients {
       layer.for_each_part([&](int64_t c, int64_t m) {
         if (m != part.size(0)) part = layer.buffer(m, layer.features);
         const Tensor total = rows_of(weight, c, m);
-        matmul_out(torch::stable::transpose(columns_of(grad, c, m), 0, 1), x, first == 0 ? total : part);
+        matmul_out(torch::stable::transpose(columns_of(grad, c, m), 0, 1), x,
+                   first == 0 ? total : part);
         if (first != 0) add(part, total);
       });
     }
@@ -169,20 +171,21 @@ struct LinearGradients {
 
 inline void check_linear_target(const Linear& layer, const Tensor& target,
                                 const std::optional<Tensor>& weight) {
-  FUSEE_REQUIRE(target.scalar_type() == ScalarType::Long && target.dim() == 1 &&
-                    target.size(0) == layer.rows,
-                "target must hold one class index per row");
-  FUSEE_REQUIRE(!weight.has_value() ||
-                    (weight->dim() == 1 && weight->size(0) == layer.classes &&
-                     weight->scalar_type() == accumulate_type(layer.input.scalar_type())),
-                "weight must have one entry per class, in the accumulation dtype");
+  FUSEE_REQUIRE(
+      target.scalar_type() == ScalarType::Long && target.dim() == 1 && target.size(0) == layer.rows,
+      "target must hold one class index per row");
+  FUSEE_REQUIRE(
+      !weight.has_value() || (weight->dim() == 1 && weight->size(0) == layer.classes &&
+                              weight->scalar_type() == accumulate_type(layer.input.scalar_type())),
+      "weight must have one entry per class, in the accumulation dtype");
 }
 
 // Gradients formed in the forward pass sum over chunks of rows, and are those of a reduced loss.
 inline void check_forward_gradients(const Linear& layer, const Wanted& wanted, bool reduced) {
   const ScalarType type = layer.input.scalar_type();
-  FUSEE_REQUIRE(!wanted.any() || (reduced && accumulate_type(type) == type),
-                "the forward operator forms gradients of a reduced loss in float32 and float64 only");
+  FUSEE_REQUIRE(
+      !wanted.any() || (reduced && accumulate_type(type) == type),
+      "the forward operator forms gradients of a reduced loss in float32 and float64 only");
 }
 
 }  // namespace FUSEE_ENGINE_NAMESPACE

@@ -95,8 +95,8 @@ void add_block(const Problem<T>& p, RowState* states) {
       state.negative += sums[1][i];
       state.spread += sums[2][i];
       if (pivots[i].at >= 0)
-        state.x_pivot = static_cast<A>(
-            p.input[tile.first + i * tile.lane_step + pivots[i].at * tile.step]);
+        state.x_pivot =
+            static_cast<A>(p.input[tile.first + i * tile.lane_step + pivots[i].at * tile.step]);
     }
   });
 }
@@ -163,9 +163,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_stablemax_cros
       });
     } else {
       std::vector<RowState> states(layer.rows, RowState{});
-      layer.for_each_class_block(kBlockElements, [&](int64_t first, int64_t n, const Tensor& logits) {
-        add_block(call.part(0, layer.rows, first, n, logits), states.data());
-      });
+      layer.for_each_class_block(
+          kBlockElements, [&](int64_t first, int64_t n, const Tensor& logits) {
+            add_block(call.part(0, layer.rows, first, n, logits), states.data());
+          });
       finish_rows(call.whole, states.data(), rows, saved);
     }
     Tensor loss = losses;

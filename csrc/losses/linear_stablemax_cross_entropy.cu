@@ -84,12 +84,12 @@ struct AddBlock {
 };
 
 template <typename A>
-__global__ void __launch_bounds__(256)
-    finish_rows(Global<const double> states, Target<A> target, int64_t rows, Global<A> loss,
-                Global<A> stats) {
+__global__ void __launch_bounds__(256) finish_rows(Global<const double> states, Target<A> target,
+                                                   int64_t rows, Global<A> loss, Global<A> stats) {
   const int64_t row = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
   if (row >= rows) return;
-  const Vector<double, 2> sums = load<2>(states, 4 * row), rest_of_state = load<2>(states, 4 * row + 2);
+  const Vector<double, 2> sums = load<2>(states, 4 * row),
+                          rest_of_state = load<2>(states, 4 * row + 2);
   const double x_t = rest_of_state[1];
   const double all = target.smooth() * target.all_weights();  // sum_j b_j
   const double spread = target.spreads() ? rest_of_state[0] + all * symlog(x_t) : 0.0;
@@ -164,16 +164,18 @@ struct Call {
   }
 
   // What a mean divides by and the rows out of range, and with losses their reduction.
-  void reduce(const Tensor& losses, int64_t reduction, const Tensor& loss, const Tensor& info) const {
+  void reduce(const Tensor& losses, int64_t reduction, const Tensor& loss,
+              const Tensor& info) const {
     launch(reduce_losses<A>, 1, 512, 0, stream, input<A>(losses), whole, layer.rows,
            Global<const double>{}, int64_t{0}, reduction, output<A>(loss), output<double>(info));
   }
 
   auto gradients(const Wanted& wanted) const {
-    return LinearGradients(layer, wanted, [stream = stream](const Tensor& part, const Tensor& total) {
-      launch(add_elements<T>, static_cast<unsigned>((part.numel() + 4095) / 4096), 256, 0, stream,
-             input<T>(part), part.numel(), output<A>(total));
-    });
+    return LinearGradients(
+        layer, wanted, [stream = stream](const Tensor& part, const Tensor& total) {
+          launch(add_elements<T>, static_cast<unsigned>((part.numel() + 4095) / 4096), 256, 0,
+                 stream, input<T>(part), part.numel(), output<A>(total));
+        });
   }
 };
 
@@ -206,8 +208,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_stablemax_cros
       layer.for_each_row_chunk([&](int64_t first, int64_t n, const Tensor& tensor) {
         const Target<A> part = call.part(first, 0, tensor);
         const Logits<T> logits = call.logits(tensor);
-        const Tensor totals = empty(input_, {blocks_of_rows<Logits<T>>(logits.shape), 4},
-                                    ScalarType::Double);
+        const Tensor totals =
+            empty(input_, {blocks_of_rows<Logits<T>>(logits.shape), 4}, ScalarType::Double);
         launch_rows(Forward<Logits<T>>{logits, part, output<A>(losses) + first,
                                        output<A>(stats) + 2 * first, output<double>(totals)},
                     context.stream);
@@ -220,12 +222,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_stablemax_cros
     } else {
       const Tensor states = empty(input_, {layer.rows, 4}, ScalarType::Double);
       layer.for_each_class_block(kBlockElements, [&](int64_t first, int64_t, const Tensor& tensor) {
-        launch_rows(AddBlock<T>{call.logits(tensor), call.part(0, first, tensor),
-                                output<double>(states)},
-                    context.stream);
+        launch_rows(
+            AddBlock<T>{call.logits(tensor), call.part(0, first, tensor), output<double>(states)},
+            context.stream);
       });
-      launch(finish_rows<A>, static_cast<unsigned>((layer.rows + 255) / 256), 256, 0, context.stream,
-             input<double>(states), call.whole, layer.rows, output<A>(losses), output<A>(stats));
+      launch(finish_rows<A>, static_cast<unsigned>((layer.rows + 255) / 256), 256, 0,
+             context.stream, input<double>(states), call.whole, layer.rows, output<A>(losses),
+             output<A>(stats));
     }
     call.reduce(losses, reduction, loss, info);
     return std::tuple_cat(std::make_tuple(loss, stats, info), gradients.finish());

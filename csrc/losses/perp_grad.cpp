@@ -118,8 +118,8 @@ struct Task {
   int64_t begin, end;
 };
 
-Tensor perp_grad_(std::vector<Tensor> weights, std::vector<Tensor> grads, bool per_row, bool rescale,
-                  bool skip_single, double threshold) {
+Tensor perp_grad_(std::vector<Tensor> weights, std::vector<Tensor> grads, bool per_row,
+                  bool rescale, bool skip_single, double threshold) {
   Pairs pairs(weights, grads, per_row, skip_single);
   Tensor degenerate = empty(grads[0], {pairs.units}, ScalarType::Bool);
   const Options options{rescale, threshold, mutable_data<bool>(degenerate)};

@@ -213,8 +213,9 @@ FUSEE_DEVICE void team_rewrite(const Team& team, Global<const T> w, Global<T> g,
                                const Change& change) {
   constexpr int N = vector_width<T>;
   auto scalar = [&](int64_t i) {
-    store(g, i, static_cast<T>(static_cast<accumulate_t<T>>(
-                  change(static_cast<A>(load(w, i)), static_cast<A>(load(g, i))))));
+    store(g, i,
+          static_cast<T>(static_cast<accumulate_t<T>>(
+              change(static_cast<A>(load(w, i)), static_cast<A>(load(g, i))))));
   };
   auto vector = [&](int64_t i) {
     const Vector<T, N> x = load<N>(w, i);
@@ -342,8 +343,8 @@ void launch_table(const Table<kCapacity>& table, const Tensor& any, const Option
   }
 }
 
-Tensor perp_grad_(std::vector<Tensor> weights, std::vector<Tensor> grads, bool per_row, bool rescale,
-                  bool skip_single, double threshold) {
+Tensor perp_grad_(std::vector<Tensor> weights, std::vector<Tensor> grads, bool per_row,
+                  bool rescale, bool skip_single, double threshold) {
   FUSEE_REQUIRE(!grads.empty(), "expected one gradient at least");
   const Context context(grads[0]);
   Pairs pairs(weights, grads, per_row, skip_single);
@@ -355,10 +356,11 @@ Tensor perp_grad_(std::vector<Tensor> weights, std::vector<Tensor> grads, bool p
     // Kept units are entries of empty rows, which only report that they are not degenerate.
     const int64_t length = pair.keep ? 0 : pair.length;
     const int64_t ranges = (length + kRangeElements - 1) / kRangeElements;
-    entries.push_back({pair.weight.const_data_ptr(), pair.grad.mutable_data_ptr(), pair.rows, length,
-                       pair.first_unit, 0,
-                       static_cast<int16_t>(length <= kWarpElements ? 0 : std::min(ranges, kMaxRanges)),
-                       static_cast<int16_t>(pair.type)});
+    entries.push_back(
+        {pair.weight.const_data_ptr(), pair.grad.mutable_data_ptr(), pair.rows, length,
+         pair.first_unit, 0,
+         static_cast<int16_t>(length <= kWarpElements ? 0 : std::min(ranges, kMaxRanges)),
+         static_cast<int16_t>(pair.type)});
   }
   // The second launch is for the first blocks.
   std::stable_partition(entries.begin(), entries.end(),
@@ -394,7 +396,9 @@ Tensor perp_grad_(std::vector<Tensor> weights, std::vector<Tensor> grads, bool p
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(fusee, FUSEE_CUDA_KEY, m) { m.impl("perp_grad_", TORCH_BOX(&perp_grad_)); }
+STABLE_TORCH_LIBRARY_IMPL(fusee, FUSEE_CUDA_KEY, m) {
+  m.impl("perp_grad_", TORCH_BOX(&perp_grad_));
+}
 
 }  // namespace FUSEE_ENGINE_NAMESPACE
 }  // namespace fusee

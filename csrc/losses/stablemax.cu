@@ -79,9 +79,9 @@ std::tuple<Tensor, Tensor> stablemax(const Tensor& input_, bool log) {
   Tensor sum = empty(x, {x.size(0), x.size(2)}, ScalarType::Double);
   dispatch_floating(x.scalar_type(), [&]<typename T>(T) {
     using Data = RowData<T, T, false, true>;
-    launch_rows(Forward<Data>{{input<T>(x), {}, output<T>(result), shape_of(x)},
-                              output<double>(sum), log},
-                context.stream);
+    launch_rows(
+        Forward<Data>{{input<T>(x), {}, output<T>(result), shape_of(x)}, output<double>(sum), log},
+        context.stream);
   });
   return {result, sum};
 }
@@ -94,9 +94,10 @@ Tensor stablemax_backward(const Tensor& grad, const Tensor& input_, const Tensor
   Tensor result = empty(x, to_shape(x.sizes()), x.scalar_type());
   dispatch_floating(x.scalar_type(), [&]<typename T>(T) {
     using Data = RowData<T, T, true, true>;
-    launch_rows(Backward<Data>{{input<T>(x), input<T>(g), output<T>(result), shape_of(x)},
-                               input<double>(sum), log},
-                context.stream);
+    launch_rows(
+        Backward<Data>{
+            {input<T>(x), input<T>(g), output<T>(result), shape_of(x)}, input<double>(sum), log},
+        context.stream);
   });
   return result;
 }

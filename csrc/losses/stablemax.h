@@ -44,12 +44,9 @@ template <typename A>
 struct StableSum {
   static constexpr A kScale = sizeof(A) == 4 ? A(0x1p-24) : A(0x1p-64);
 
-  static FUSEE_HOST_DEVICE A positive_term(A x) {
-    return x >= A(0) ? kScale + x * kScale : A(0);
-  }
+  static FUSEE_HOST_DEVICE A positive_term(A x) { return x >= A(0) ? kScale + x * kScale : A(0); }
   // A NaN fails the comparison and so lands here, and stays.
   static FUSEE_HOST_DEVICE A negative_term(A x) { return x >= A(0) ? A(0) : reciprocal(x); }
-
 };
 
 // The same sum over a whole row, in double, together with what must not overflow on the way.

@@ -16,7 +16,9 @@ struct Arguments {
 
   Arguments(const Tensor& input_, const Tensor& target_, const std::optional<Tensor>& weight_,
             const CrossEntropyOptions& options)
-      : input(as_contiguous(input_)), target(as_contiguous(target_)), weight(as_contiguous(weight_)) {
+      : input(as_contiguous(input_)),
+        target(as_contiguous(target_)),
+        weight(as_contiguous(weight_)) {
     using A = accumulate_t<T>;
     const bool indices = target->scalar_type() == ScalarType::Long;
     problem = {data<T>(input),
@@ -32,9 +34,11 @@ struct Arguments {
   }
 };
 
-std::tuple<Tensor, Tensor, Tensor> stablemax_cross_entropy(
-    const Tensor& input, const Tensor& target, const std::optional<Tensor>& weight,
-    int64_t ignore_index, int64_t reduction, double label_smoothing, double z_loss) {
+std::tuple<Tensor, Tensor, Tensor> stablemax_cross_entropy(const Tensor& input,
+                                                           const Tensor& target,
+                                                           const std::optional<Tensor>& weight,
+                                                           int64_t ignore_index, int64_t reduction,
+                                                           double label_smoothing, double z_loss) {
   const CrossEntropyOptions options{ignore_index, label_smoothing, z_loss};
   check_cross_entropy(input, target, weight);
   return dispatch_floating(input.scalar_type(), [&]<typename T>(T) {

@@ -44,9 +44,11 @@ struct Tensors {
   }
 };
 
-std::tuple<Tensor, Tensor, Tensor> stablemax_cross_entropy(
-    const Tensor& input, const Tensor& target, const std::optional<Tensor>& weight,
-    int64_t ignore_index, int64_t reduction, double label_smoothing, double z_loss) {
+std::tuple<Tensor, Tensor, Tensor> stablemax_cross_entropy(const Tensor& input,
+                                                           const Tensor& target,
+                                                           const std::optional<Tensor>& weight,
+                                                           int64_t ignore_index, int64_t reduction,
+                                                           double label_smoothing, double z_loss) {
   check_cross_entropy(input, target, weight);
   const Context context(input);
   const CrossEntropyOptions options{ignore_index, label_smoothing, z_loss};

@@ -25,7 +25,7 @@ constexpr int64_t kReductionNone = 0;
 constexpr int64_t kReductionMean = 1;
 
 // Where a row's pivot stands when it is not among the classes at hand.
-constexpr int64_t kNoLoss = -1;     // the target is ignored or out of range
+constexpr int64_t kNoLoss = -1;      // the target is ignored or out of range
 constexpr int64_t kOtherBlock = -2;  // the target is a class of another block
 
 // The target of one row: the pivot, the sum K of its coefficients, and K - c_t.

@@ -13,8 +13,8 @@ struct Problem {
   using A = accumulate_t<T>;
 
   const T* input;
-  Rows rows;               // of the logits at hand, whose length may be a block of the classes
-  int64_t first_class;     // of the block
+  Rows rows;            // of the logits at hand, whose length may be a block of the classes
+  int64_t first_class;  // of the block
   int64_t all_classes;
   const int64_t* target;   // class indices (outer, inner), or null
   const A* probabilities;  // in the input's layout, or null
@@ -186,7 +186,8 @@ void forward_tile(const Problem<T>& p, const Tile& tile, A* loss, RowStats<A>* s
   double sums[4][kLanes];
   tile_pivots(p, tile, pivots);
   for (int i = 0; i < tile.lanes; ++i) {
-    const int64_t at = tile.first + i * tile.lane_step + std::max<int64_t>(0, pivots[i].at) * tile.step;
+    const int64_t at =
+        tile.first + i * tile.lane_step + std::max<int64_t>(0, pivots[i].at) * tile.step;
     x_pivot[i] = static_cast<A>(p.input[at]);
   }
   if (p.spreads())
@@ -240,8 +241,7 @@ void forward_flat(const Problem<T>& p, const Tile& tile, A* loss, RowStats<A>* s
 
 // The backward pass may write its output over the logits: an element is read before it is written.
 template <typename T, typename A>
-void backward_flat(const Problem<T>& p, const Tile& tile, const A* over_sum,
-                   T* output) {
+void backward_flat(const Problem<T>& p, const Tile& tile, const A* over_sum, T* output) {
   constexpr int kWidth = 16;
   const int classes = static_cast<int>(p.classes()), n = tile.lanes * classes;
   const T* x = p.input + tile.first;

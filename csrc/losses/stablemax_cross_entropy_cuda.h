@@ -60,8 +60,7 @@ struct Target {
   }
   // The loss and the gradient of a row without a loss, whatever its logits hold.
   FUSEE_DEVICE A lost_value(int64_t row) const {
-    return load(indices, row) == options.ignore_index ? A(0)
-                                                      : std::numeric_limits<A>::quiet_NaN();
+    return load(indices, row) == options.ignore_index ? A(0) : std::numeric_limits<A>::quiet_NaN();
   }
 
   FUSEE_DEVICE RowCount count(int64_t row, const Pivot& pivot) const {
@@ -177,7 +176,8 @@ struct Forward {
       store(stats, 2 * view.row(), Vector<A, 2>{{row.stats.sum, row.stats.rest}});
     }
     if constexpr (View::kSeveralRows) {
-      const double total = view.block_total(view.leader() ? static_cast<double>(static_cast<A>(value)) : 0.0);
+      const double total =
+          view.block_total(view.leader() ? static_cast<double>(static_cast<A>(value)) : 0.0);
       const double divisor = view.block_total(count.divisor);
       const double invalid = view.block_total(count.invalid);
       if (threadIdx.x != 0 || threadIdx.y != 0) return;

@@ -62,7 +62,9 @@ def require_values(
     always = os.environ.get("FUSEE_CHECK_VALUES") == "1"
     if torch.compiler.is_compiling():
         if always:
-            torch._assert_async(violations() == 0, "fusee: a value of an argument is out of its range")
+            torch._assert_async(
+                violations() == 0, "fusee: a value of an argument is out of its range"
+            )
         return
     if not (always or tensor.device.type == "cpu"):
         return

@@ -110,9 +110,7 @@ FAULTS = {
 def compile_all(folder, programs, extra=()):
     """Compiles every source, two at a time, and links the programs."""
     compiler = os.environ.get("CXX", "c++")
-    sources = [
-        HERE / f"{name}.cu" for program in programs for name in PROGRAMS[program]
-    ]
+    sources = [HERE / f"{name}.cu" for program in programs for name in PROGRAMS[program]]
     sources += [HERE / f"{name}.cpp" for name in RUNTIME]
     flags = [*FLAGS, *extra]
     run_all(
@@ -144,9 +142,7 @@ def run_all(commands):
     """Runs all commands, two at a time; each must succeed."""
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
         for result in pool.map(
-            lambda command: subprocess.run(
-                command, capture_output=True, text=True, check=False
-            ),
+            lambda command: subprocess.run(command, capture_output=True, text=True, check=False),
             commands,
         ):
             assert result.returncode == 0, result.stdout + result.stderr
@@ -236,9 +232,7 @@ def test_sectors(programs, case, requests, bytes_, sectors):
         bytes_,
         sectors,
     )
-    assert loads["sector_efficiency"] == pytest.approx(
-        bytes_ / (32 * sectors), rel=1e-4
-    )
+    assert loads["sector_efficiency"] == pytest.approx(bytes_ / (32 * sectors), rel=1e-4)
     assert loads["sectors_per_request"] == pytest.approx(sectors / requests, rel=1e-4)
 
 

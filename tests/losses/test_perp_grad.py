@@ -301,9 +301,9 @@ def test_reference_agrees(per: str, dtype: torch.dtype) -> None:
     assert torch.equal(flags, _reference(weights, plain, *args))
     for a, b in zip(grads, plain, strict=True):
         if a.numel():
-            assert float((a.double() - b.double()).norm()) <= 1e-12 + torch.finfo(dtype).eps * float(
-                b.double().norm()
-            )
+            assert float((a.double() - b.double()).norm()) <= 1e-12 + torch.finfo(
+                dtype
+            ).eps * float(b.double().norm())
 
 
 @pytest.mark.skipif(EMULATED, reason="the tracing of an operator does not depend on its engine")
@@ -314,7 +314,14 @@ def test_opcheck(per_row: bool) -> None:
     grads = [randn(*s, seed=i + 20) for i, s in enumerate(shapes)]
     weights[-1], grads[0] = channels_last(weights[-1]), spread(grads[0])
     for requires_grad in (False, True):
-        args = ([w.requires_grad_(requires_grad) for w in weights], grads, per_row, True, True, 1e-10)
+        args = (
+            [w.requires_grad_(requires_grad) for w in weights],
+            grads,
+            per_row,
+            True,
+            True,
+            1e-10,
+        )
         torch.library.opcheck(torch.ops.fusee.perp_grad_, args)
 
 

@@ -93,7 +93,8 @@ FUSEE_DEVICE void read_cached(const Shared<T>& cache, int64_t index, A (&values)
 }
 
 template <int M, typename A, typename T>
-FUSEE_DEVICE void write_cache(const Shared<T>& cache, int64_t index, const A (&values)[M] FUSEE_SITE) {
+FUSEE_DEVICE void write_cache(const Shared<T>& cache, int64_t index,
+                              const A (&values)[M] FUSEE_SITE) {
   if constexpr (M == 1) {
     cache.store(index, static_cast<T>(values[0]) FUSEE_AT_SITE);
   } else {
@@ -174,7 +175,7 @@ class BlockRow {
   static dim3 grid(const RowShape& shape) { return dim3(static_cast<unsigned>(shape.outer)); }
   static dim3 block(const RowShape& shape) {
     // About four vectors a thread, in whole warps.
-    const int64_t wanted = (shape.length / (4 * vector_width<T>) + 31) / 32 * 32;
+    const int64_t wanted = (shape.length / (4 * vector_width<T>)+31) / 32 * 32;
     return dim3(static_cast<unsigned>(wanted < 32 ? 32 : wanted > 512 ? 512 : wanted));
   }
 
@@ -297,7 +298,8 @@ class ThreadRow {
         data_.output, begin, begin + elements(), static_cast<int>(threadIdx.x), kRows,
         [&](int64_t at) {
           Vector<T, vector_width<T>> result;
-          for (int i = 0; i < vector_width<T>; ++i) result[i] = tile.load(tile_index(at - begin + i));
+          for (int i = 0; i < vector_width<T>; ++i)
+            result[i] = tile.load(tile_index(at - begin + i));
           store(data_.output, at, result);
         },
         [&](int64_t at) { store(data_.output, at, tile.load(tile_index(at - begin))); });
@@ -463,7 +465,8 @@ class ColumnRow {
 // Launches Kernel::run<View> for the view that suits the shape. Kernel is a callable structure of
 // parameters with a member `data`, a RowData.
 template <typename View, typename Kernel>
-__global__ void __launch_bounds__(512, sizeof(typename View::A) == 8 ? 1 : 2) run_rows(const Kernel kernel) {
+__global__ void __launch_bounds__(512, sizeof(typename View::A) == 8 ? 1 : 2)
+    run_rows(const Kernel kernel) {
   View view(kernel.data);
   kernel(view);
   view.finish();

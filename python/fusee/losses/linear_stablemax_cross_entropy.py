@@ -208,7 +208,9 @@ def _backward_vmap(info: Any, in_dims: Any, *args: Any) -> Any:
 
 
 def _backward(ctx: Any, args: Any, constants: Any, grad: Tensor) -> Any:
-    input, linear_weight, target, linear_bias, weight, ignore_index, reduction, smoothing, *made = args
+    input, linear_weight, target, linear_bias, weight, ignore_index, reduction, smoothing, *made = (
+        args
+    )
     stats, info, *saved = constants
     wanted = (ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[3])
     if any(made) and not torch.is_grad_enabled():
@@ -323,7 +325,9 @@ def linear_stablemax_cross_entropy(
     for name, tensor in tensors.items():
         check_same_device(name, tensor, "input", input)
         if tensor.dtype != input.dtype and not autocast:
-            raise TypeError(f"{name} must have the dtype of input {input.dtype}, got {tensor.dtype}")
+            raise TypeError(
+                f"{name} must have the dtype of input {input.dtype}, got {tensor.dtype}"
+            )
     ignore_index = check_ignore_index(ignore_index)
     number = check_reduction(reduction)
     label_smoothing = check_number("label_smoothing", label_smoothing, 0.0, 1.0)

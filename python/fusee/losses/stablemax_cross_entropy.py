@@ -478,4 +478,6 @@ class StableMaxCrossEntropyLoss(torch.nn.Module):
         )
 
     def extra_repr(self) -> str:
-        return f"reduction={self.reduction!r}, label_smoothing={self.label_smoothing}, dim={self.dim}"
+        return (
+            f"reduction={self.reduction!r}, label_smoothing={self.label_smoothing}, dim={self.dim}"
+        )
