@@ -12,6 +12,7 @@ CUDA: `torch.cuda.max_memory_allocated`, the caching allocator's count.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import gc
 import re
@@ -31,10 +32,8 @@ def _status(key: str) -> int:
 
 
 def _trim_heap() -> None:
-    try:
+    with contextlib.suppress(AttributeError, OSError):  # another C library than glibc
         ctypes.CDLL(None).malloc_trim(0)
-    except (AttributeError, OSError):  # another C library than glibc
-        pass
 
 
 def tensor_bytes(outputs: Any) -> int:

@@ -193,7 +193,7 @@ def _prepare(
         runners[name] = _calibrate(run, time.perf_counter() - start, settings, clock)
     except Absent as why:
         return {"status": "absent", "why": str(why)}
-    except Exception as error:  # noqa: BLE001 - one broken contender must not hide the others; its own test fails
+    except Exception as error:
         return {"status": "failed", "why": f"{type(error).__name__}: {error}"}
     return {"status": "measured", "peak_extra_bytes": extra}
 

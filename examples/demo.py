@@ -19,6 +19,7 @@ from statistics import mean, stdev
 import matplotlib
 
 matplotlib.use("Agg")
+import fusee
 import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
@@ -26,8 +27,6 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 from tqdm import tqdm
-
-import fusee
 
 Loss = Callable[..., Tensor]
 LOSSES: dict[str, tuple[Loss, Callable[[Tensor], Tensor], str]] = {

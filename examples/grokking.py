@@ -25,13 +25,12 @@ from pathlib import Path
 import matplotlib
 
 matplotlib.use("Agg")
+import fusee
 import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
-
-import fusee
 
 Loss = Callable[..., Tensor]
 

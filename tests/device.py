@@ -170,7 +170,8 @@ def main() -> int:
         good, text = attempt(getattr(steps, name))
         passed &= good
         seconds = time.monotonic() - start
-        lines.append(f"{name:10} {'ok' if good else 'FAILED':7}{seconds:6.0f} s  {text}")
+        state = "FAILED" if not good else "absent" if text.startswith("not run") else "ok"
+        lines.append(f"{name:10} {state:7}{seconds:6.0f} s  {text}")
         (out / "summary.txt").write_text("\n".join(lines) + "\n")
     attempt(lambda: steps.run("fusee", [sys.executable, "-m", "fusee"]) or "")
     print("\n" + "\n".join(lines))

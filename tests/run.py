@@ -114,10 +114,8 @@ def first_parts() -> list[Part]:
         )
         parts[-1].arguments.insert(0, "tests/test_counters.py")
         parts.append(again_part("emulated"))
-    for engine in others:
-        parts.append(
-            engine_part(engine, "not (tracing or large or processes or emulated_only)", "cpu")
-        )
+    numerics = "not (tracing or large or processes or emulated_only)"
+    parts += [engine_part(engine, numerics, "cpu") for engine in others]
     return parts + [again_part(engine) for engine in (best, *others)]
 
 

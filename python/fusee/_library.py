@@ -45,7 +45,7 @@ def _choose_cpu_engine() -> Loaded:
     if asked:
         if asked not in (*CPU_ENGINES, "emulated"):
             return Loaded(
-                None, f"FUSEE_ENGINE={asked!r} is not one of {CPU_ENGINES + ('emulated',)}"
+                None, f"FUSEE_ENGINE={asked!r} is not one of {(*CPU_ENGINES, 'emulated')}"
             )
         if asked not in built:
             return Loaded(None, f"FUSEE_ENGINE={asked!r} was not built; built are {built}")

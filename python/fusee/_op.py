@@ -18,6 +18,8 @@ from torch.autograd import forward_ad
 
 from fusee._library import LOADED
 
+_vjp: Any = torch.func.vjp  # whose annotation allows for has_aux
+
 _implementations = torch.library.Library("fusee", "IMPL")
 
 
@@ -103,7 +105,7 @@ class Op:
             value.requires_grad for value in args if isinstance(value, Tensor)
         )
         if wanted or forward_ad._current_level >= 0:
-            return super(torch.autograd.Function, self._function).apply(*args)
+            return super(torch.autograd.Function, self._function).apply(*args)  # type: ignore[misc]
         return self._below_autograd(*args)
 
     def _below_autograd(self, *args: Any) -> Any:
@@ -160,7 +162,7 @@ def _make_function(
         if backward is not None:
             return backward(ctx, args, constants, *carried)
         function, tensors = _of_tensors(op.reference, args, inputs_with_grad, outputs_with_grad)
-        outputs, pull = torch.func.vjp(function, *tensors)
+        outputs, pull = _vjp(function, *tensors)
         cotangents = tuple(
             torch.zeros_like(out) if grad is None else grad
             for out, grad in zip(outputs, carried, strict=True)
@@ -180,8 +182,8 @@ def _make_function(
             for tensor, tangent in zip(tensors, given, strict=True)
         )
         # J t as the transpose of the transpose: forward mode does not nest within itself.
-        outputs, pull = torch.func.vjp(function, *tensors)
-        _, push = torch.func.vjp(pull, tuple(torch.zeros_like(out) for out in outputs))
+        outputs, pull = _vjp(function, *tensors)
+        _, push = _vjp(pull, tuple(torch.zeros_like(out) for out in outputs))
         (derivatives,) = push(directions)
         result: list[Tensor | None] = [None] * (len(outputs_with_grad) + len(constants))
         for i, derivative in zip(outputs_with_grad, derivatives, strict=True):
@@ -224,19 +226,17 @@ def _of_tensors(
 
 def fold_batch(
     info: Any, in_dims: Sequence[int | None], args: Sequence[Tensor | None]
-) -> list[Tensor | None]:
+) -> list[Any]:
     """Moves the vmapped dimension of every tensor into its first one, for operators whose tensors all
     begin with independent rows; a tensor that is not vmapped is repeated."""
-    folded: list[Tensor | None] = []
+    folded: list[Any] = []
     for tensor, dim in zip(args, in_dims, strict=True):
         if tensor is None:
             folded.append(None)
             continue
-        if dim is None:
-            tensor = tensor.expand(info.batch_size, *tensor.shape)
-        else:
-            tensor = tensor.movedim(dim, 0)
-        folded.append(tensor.flatten(0, 1))
+        batch = (info.batch_size, *tensor.shape)
+        first = tensor.expand(batch) if dim is None else tensor.movedim(dim, 0)
+        folded.append(first.flatten(0, 1))
     return folded
 
 

@@ -174,8 +174,8 @@ def _record(name: str, *, log: bool) -> OpSpec:
     )
 
 
-_SAME_OPERATOR = {
-    check: "one operator serves both: checked through stablemax"
-    for check in ("opcheck", "compile", "aotinductor_package", "saved_program")
-}
+_SAME_OPERATOR = dict.fromkeys(
+    ("opcheck", "compile", "aotinductor_package", "saved_program"),
+    "one operator serves both: checked through stablemax",
+)
 RECORDS = [_record("stablemax", log=False), _record("log_stablemax", log=True)]

@@ -10,13 +10,13 @@ import pickle
 import subprocess
 import sys
 
+import fusee
 import pytest
 import torch
-from torch import Tensor, nn
-
-import fusee
 from fusee.losses.perp_grad import _reference
 from fusee.optim import PerpGrad, perp_grad_
+from torch import Tensor, nn
+
 from tests.harness.spec import ALL_DTYPES
 from tests.test_counters import EXCESS, SECTOR_EFFICIENCY, Counters, moved_bytes, sector_bytes
 
@@ -113,7 +113,9 @@ def test_more_tensors_than_a_launch_takes() -> None:
 @pytest.mark.parametrize("shape", [(5, 7), (3, 1100), (40, 2, 3, 3), (9, 1), (2, 17000)])
 def test_rows(shape: tuple[int, ...]) -> None:
     w, g = randn(*shape, seed=1), randn(*shape, seed=2)
-    expected = torch.stack([exact(a, b) if a.numel() > 1 else b.double() for a, b in zip(w, g)])
+    expected = torch.stack(
+        [exact(a, b) if a.numel() > 1 else b.double() for a, b in zip(w, g, strict=False)]
+    )
     degenerate = perp_grad_(w, g, per="row")
     assert degenerate.shape == shape[:1] and not degenerate.any()
     assert error(g, expected) <= 1e-7
@@ -217,7 +219,9 @@ def test_zero_gradient_stays() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-@pytest.mark.parametrize("w_scale,g_scale", [(1, 1e-30), (1e-30, 1), (1e30, 1e-30), (1e-25, 1e25)])
+@pytest.mark.parametrize(
+    ("w_scale", "g_scale"), [(1, 1e-30), (1e-30, 1), (1e30, 1e-30), (1e-25, 1e25)]
+)
 def test_squares_out_of_range(dtype: torch.dtype, w_scale: float, g_scale: float) -> None:
     """Gradients after softmax collapse are tiny; their squares must not vanish."""
     w, g = randn(1500, seed=1).double(), randn(1500, seed=2).double() + 1
@@ -399,7 +403,7 @@ def test_empty_list() -> None:
 
 
 @pytest.mark.parametrize(
-    "weights,grads,options,error_type,match",
+    ("weights", "grads", "options", "error_type", "match"),
     [
         ([randn(3)], [], {}, ValueError, "as many"),
         ([randn(3)], [randn(4)], {}, ValueError, r"grads\[0\] must have the shape"),
@@ -810,7 +814,7 @@ def test_attributes_of_the_base_are_found() -> None:
 
 
 @pytest.mark.parametrize(
-    "options,error_type,match",
+    ("options", "error_type", "match"),
     [
         ({"per": "column"}, ValueError, "per must be"),
         ({"project": "weights"}, ValueError, "project must be"),

@@ -150,7 +150,7 @@ def _backward_fake(
 
 def _batch_first(
     info: Any, in_dims: Sequence[int | None], args: Sequence[Tensor | None]
-) -> list[Tensor | None]:
+) -> list[Any]:
     return [
         tensor
         if tensor is None
@@ -247,6 +247,11 @@ _linear_stablemax_cross_entropy_backward = Op(
 )
 
 
+def _lowered(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """As autocast casts: float64 stays."""
+    return tensor if tensor.dtype == torch.float64 else tensor.to(dtype)
+
+
 def linear_stablemax_cross_entropy(
     input: Tensor,
     linear_weight: Tensor,
@@ -284,12 +289,13 @@ def linear_stablemax_cross_entropy(
         ``reduction="none"`` the shape of ``target``'s class indices.
 
     Raises:
-        As :func:`fusee.stablemax_cross_entropy`, and TypeError or ValueError where ``linear_weight`` or
-        ``linear_bias`` do not fit ``input`` in shape, dtype or device.
+        As :func:`fusee.stablemax_cross_entropy`, and TypeError or ValueError where ``linear_weight``
+        or ``linear_bias`` do not fit ``input`` in shape, dtype or device.
 
     Differentiable to any order and in forward mode, in ``input``, ``linear_weight`` and
     ``linear_bias``. Under autocast the layer runs in the autocast dtype, as ``F.linear`` does.
-    Deterministic as far as torch's matrix product is, which was found the same for any number of threads.
+    Deterministic as far as torch's matrix product is, which was found the same for any number of
+    threads.
 
     Source: Prieto et al., "Grokking at the Edge of Numerical Stability", arXiv:2501.04697; the interface
     is that of ``torch.nn.functional.linear_cross_entropy``.
@@ -344,14 +350,12 @@ def linear_stablemax_cross_entropy(
         )
     if autocast:
         low = torch.get_autocast_dtype(input.device.type)
-        input, linear_weight, linear_bias = (
-            value if value is None or value.dtype == torch.float64 else value.to(low)
-            for value in (input, linear_weight, linear_bias)
-        )
+        input, linear_weight = _lowered(input, low), _lowered(linear_weight, low)
+        linear_bias = None if linear_bias is None else _lowered(linear_bias, low)
     class_weight = check_class_weight(weight, classes, input)
     checked = check_target(target, input, input.dim() - 1, ignore_index)
     rows = math.prod(input.shape[:-1])
-    made = (False,) * 3
+    made: tuple[bool, ...] = (False,) * 3
     if number != 0 and input.dtype in (torch.float32, torch.float64):
         made = backward_follows(input, linear_weight, linear_bias)
     loss, _, info, *_ = _linear_stablemax_cross_entropy(

@@ -200,7 +200,8 @@ def perp_grad_(
     then infinite. Deterministic:
     the same bits on the same engine, whatever the number of threads. Not differentiable. Tensors of
     FSDP2 and tensor parallelism (DTensor) are projected as the whole tensors they stand for, by plain
-    torch operators; flat shards of a parameter (FSDP1, ZeRO) are not known as such and must not be given.
+    torch operators; flat shards of a parameter (FSDP1, ZeRO) are not known as such and must not be
+    given.
 
     Source: Prieto et al., "Grokking at the Edge of Numerical Stability", arXiv:2501.04697.
 
@@ -276,9 +277,11 @@ class PerpGrad(torch.optim.Optimizer):
         tau: when a gradient counts as parallel to the weights, see :func:`fusee.optim.perp_grad_`.
 
     Parameters without a gradient are skipped, and one that is used in several places is projected once.
-    In ``step(closure)`` the gradients are projected after every call of the closure. (A line search, as of
+    In ``step(closure)`` the gradients are projected after every call of the closure. (A line search, as
+    of
     LBFGS, then compares losses along a direction that is not quite that of descent.) With
-    ``torch.amp.GradScaler`` use the wrapper as the optimizer; it unscales first, and skips the step where
+    ``torch.amp.GradScaler`` use the wrapper as the optimizer; it unscales first, and skips the step
+    where
     it finds infinities, which the projection would leave non-finite in any case. When gradients are
     clipped by their global norm, the order does not matter with ``rescale=True``.
 
@@ -342,7 +345,7 @@ class PerpGrad(torch.optim.Optimizer):
         self._degenerate: list[Tensor] = []
 
     @property
-    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+    def param_groups(self) -> list[dict[str, Any]]:
         """The base optimizer's groups."""
         return self.base_optimizer.param_groups
 
@@ -351,7 +354,7 @@ class PerpGrad(torch.optim.Optimizer):
         self.base_optimizer.param_groups = groups
 
     @property
-    def state(self) -> Any:  # type: ignore[override]
+    def state(self) -> Any:
         """The base optimizer's state."""
         return self.base_optimizer.state
 
@@ -360,7 +363,7 @@ class PerpGrad(torch.optim.Optimizer):
         self.base_optimizer.state = state
 
     @property
-    def defaults(self) -> dict[str, Any]:  # type: ignore[override]
+    def defaults(self) -> dict[str, Any]:
         """The base optimizer's defaults."""
         return self.base_optimizer.defaults
 
