@@ -56,8 +56,8 @@ def require_values(
     """Enforces a condition that only the values show.
 
     Calls ``raise_error`` unless ``violations()`` is zero: in eager mode for CPU tensors, and
-    everywhere under ``FUSEE_CHECK_VALUES=1`` (a RuntimeError in compiled code). Elsewhere nothing is read back from
-    the device, and the operator marks what it touches with NaN.
+    everywhere under ``FUSEE_CHECK_VALUES=1`` (a RuntimeError in compiled code). Elsewhere nothing
+    is read back from the device, and the operator marks what it touches with NaN.
     """
     always = os.environ.get("FUSEE_CHECK_VALUES") == "1"
     if torch.compiler.is_compiling():
