@@ -92,8 +92,9 @@ def test_traffic(record: OpSpec, traffic: Traffic, dtype: torch.dtype, counters:
         moved, sectors = moved_bytes(counted), sector_bytes(counted)
         assert moved >= 0.9 * minimum, f"{part}: {moved} bytes are under the minimum {minimum}"
         assert moved <= EXCESS * minimum, f"{part}: {moved} bytes, minimum {minimum}"
-        used = moved / sectors
-        assert used >= SECTOR_EFFICIENCY, f"{part}: {used:.0%} of the sectors are used"
+        if sectors:  # a pass made of torch's own operators launches nothing of ours
+            used = moved / sectors
+            assert used >= SECTOR_EFFICIENCY, f"{part}: {used:.0%} of the sectors are used"
 
 
 @pytest.mark.parametrize("record", RECORDS, ids=[spec.name for spec in RECORDS])

@@ -53,14 +53,30 @@ def test_equal_to_the_loss_of_logits(
 
 
 @pytest.mark.threads
+@pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("classes", [50_257, 128_256])
-def test_several_blocks_of_classes(classes: int) -> None:
-    """Vocabularies that take several blocks, with targets in the first and the last of them."""
+def test_several_blocks_of_classes(classes: int, reduction: str) -> None:
+    """Vocabularies that take several blocks, with targets in the first and the last of them; a mean
+    takes chunks of rows, and an unreduced loss blocks of classes in its backward pass."""
     x, w = torch.randn(128, 16), torch.randn(classes, 16) / 4
     target = torch.randint(0, classes, (128,))
     target[0], target[1], target[2] = 0, classes - 1, -100
-    for actual, expected in both(x, w, target=target, label_smoothing=0.1):
+    for actual, expected in both(x, w, target=target, label_smoothing=0.1, reduction=reduction):
         assert ulps(actual, expected) <= 64
+
+
+@pytest.mark.threads
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_several_blocks_in_half_types(smoothing: float) -> None:
+    """Half types take blocks of classes in both passes. The logits are rounded as those of the
+    materialised form are, so the losses agree to float32 and the gradients to a few roundings."""
+    x, w = torch.randn(128, 16).bfloat16(), (torch.randn(50_257, 16) / 4).bfloat16()
+    target = torch.randint(0, 50_257, (128,))
+    target[0], target[1], target[2] = 0, 50_256, -100
+    loss, *grads = both(x, w, target=target, label_smoothing=smoothing)
+    torch.testing.assert_close(*loss, rtol=1e-6, atol=0)
+    for actual, expected in grads:
+        assert (actual - expected).double().norm() <= 0.01 * expected.double().norm()
 
 
 @pytest.mark.threads
