@@ -152,8 +152,21 @@ class Case:
 
 
 def differentiable(inputs: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
-    """Return `inputs` with the named tensors marked as needing a gradient."""
-    return {k: v.detach().requires_grad_() if k in names else v for k, v in inputs.items()}
+    """Return `inputs` with the named tensors, or lists of them, marked as needing a gradient."""
+
+    def mark(value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            return value.detach().requires_grad_()
+        return [mark(item) for item in value]
+
+    return {k: mark(v) if k in names else v for k, v in inputs.items()}
+
+
+def _flat(values: Any) -> list[torch.Tensor]:
+    """Return all tensors of a tensor, or of nested lists and tuples of them, in order."""
+    if isinstance(values, torch.Tensor):
+        return [values]
+    return [tensor for value in values for tensor in _flat(value)]
 
 
 def build_run(
@@ -163,7 +176,7 @@ def build_run(
 
     Gradients come back as new tensors (`torch.autograd.grad`), so nothing accumulates between
     rounds. The upstream gradient of an output that is not a scalar is random, fixed, and made at
-    the first call.
+    the first call. An input and the output may be lists of tensors.
     """
     if mode == "forward":
 
@@ -174,13 +187,14 @@ def build_run(
         return forward
 
     inputs = differentiable(inputs, grad)
-    leaves = [inputs[name] for name in grad]
+    leaves = _flat([inputs[name] for name in grad])
     upstream: list[torch.Tensor | None] = []
 
-    def gradients(output: torch.Tensor, keep: bool) -> tuple[torch.Tensor, ...]:
+    def gradients(output: Any, keep: bool) -> tuple[torch.Tensor, ...]:
+        outputs = _flat(output)
         if not upstream:
-            upstream.append(torch.randn_like(output) if output.dim() else None)
-        return torch.autograd.grad(output, leaves, upstream[0], retain_graph=keep)
+            upstream.extend(torch.randn_like(each) if each.dim() else None for each in outputs)
+        return torch.autograd.grad(outputs, leaves, upstream, retain_graph=keep)
 
     if mode == "backward":
         kept = function(**inputs)
@@ -188,9 +202,19 @@ def build_run(
 
     def forward_backward() -> Any:
         output = function(**inputs)
-        return (output.detach(), *gradients(output, keep=False))
+        return (*(each.detach() for each in _flat(output)), *gradients(output, keep=False))
 
     return forward_backward
+
+
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Compile `function` for static shapes, from a clean slate.
+
+    Without the reset, the second size of a function would be compiled for dynamic shapes, which is
+    slower and would flatter us.
+    """
+    torch.compiler.reset()
+    return torch.compile(function, fullgraph=True, dynamic=False)
 
 
 def bench_cases(cases: Sequence[Case], quick: Sequence[Case]) -> Callable[..., None]:

@@ -319,6 +319,23 @@ def test_modes_compute_what_they_say() -> None:
     assert not x.requires_grad
 
 
+def test_inputs_and_outputs_may_be_lists() -> None:
+    def scaled(xs: list[torch.Tensor], by: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return tuple(by * x for x in xs)
+
+    xs, by = [torch.ones(3), torch.ones(2, 2)], torch.tensor(3.0)
+    inputs = {"xs": xs, "by": by}
+    assert [y.sum().item() for y in build_run(scaled, inputs, [], "forward")()] == [9, 12]
+    one, two, of_one, of_two, of_by = build_run(scaled, inputs, ["xs", "by"], "forward+backward")()
+    assert one.equal(3 * xs[0]) and two.equal(3 * xs[1]) and not one.requires_grad
+    upstream = of_one / 3, of_two / 3
+    assert of_by.item() == pytest.approx(sum(u.sum().item() for u in upstream), rel=1e-5)
+    backward = build_run(scaled, inputs, ["xs", "by"], "backward")
+    first, again = backward(), backward()
+    assert all(a.equal(b) for a, b in zip(first, again, strict=True))
+    assert not xs[0].requires_grad
+
+
 def test_upstream_gradient_of_a_tensor_is_fixed() -> None:
     run = build_run(lambda x: 2 * x, {"x": torch.ones(5)}, ["x"], "forward+backward")
     assert run()[1].equal(run()[1])

@@ -41,6 +41,19 @@ STABLE_TORCH_LIBRARY(fusee, m) {
   m.def(
       "perp_grad_(Tensor[] weights, Tensor(a!)[] grads, bool per_row, bool rescale, "
       "bool skip_single, float threshold) -> Tensor");
+
+  // --- reparam --------------------------------------------------------------------------------
+  // Weights through a curve of the given kind (arctan, tanh, softsign, asinh, symlog, mu_law,
+  // powerprop). a and b have one element each, or one for each channel in dimension 0 of the input.
+  m.def("compand(Tensor input, Tensor a, Tensor b, int kind) -> Tensor");
+  m.def(
+      "compand_backward(Tensor grad, Tensor input, Tensor a, Tensor b, int kind) "
+      "-> (Tensor grad_input, Tensor grad_a, Tensor grad_b)");
+  // The same of many tensors at once; the gradients are those of all inputs, all a, all b.
+  m.def("compand_foreach(Tensor[] inputs, Tensor[] a, Tensor[] b, int kind) -> Tensor[]");
+  m.def(
+      "compand_foreach_backward(Tensor[] grads, Tensor[] inputs, Tensor[] a, Tensor[] b, int kind) "
+      "-> Tensor[]");
 }
 
 // Called from Python through ctypes, before any engine is loaded.

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.harness import Case, Peer, Work, bench_cases
-from bench.losses.peers import compiled, positive_map, symlog
+from bench.harness import Case, Peer, Work, bench_cases, compiled
+from bench.losses.peers import positive_map, symlog
 
 
 def eager_stablemax(input: Tensor) -> Tensor:

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from bench.harness import COPY, Case, Peer, Work, bench_cases
-from bench.losses.peers import compiled, eager_float64, symlog_cross_entropy
+from bench.harness import COPY, Case, Peer, Work, bench_cases, compiled
+from bench.losses.peers import eager_float64, symlog_cross_entropy
 
 EAGER64 = "eager float64 (HRM, TRM)"
 COMPILED = "torch.compile, symlog"

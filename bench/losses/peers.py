@@ -6,8 +6,6 @@ map; so StableMax is the softmax of symlog, and its cross entropy the ordinary o
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -35,13 +33,3 @@ def eager_float64(input: Tensor, target: Tensor) -> Tensor:
 def symlog_cross_entropy(input: Tensor, target: Tensor) -> Tensor:
     """The one-line form, in float32 whatever the dtype of the input."""
     return F.cross_entropy(symlog(input.float()), target)
-
-
-def compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Compile `function` for static shapes, from a clean slate.
-
-    Without the reset, the second size of a function would be compiled for dynamic shapes, which is
-    slower and would flatter us.
-    """
-    torch.compiler.reset()
-    return torch.compile(function, fullgraph=True, dynamic=False)

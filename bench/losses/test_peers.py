@@ -11,8 +11,9 @@ import torch.nn.functional as F
 
 from bench.losses import peers
 from bench.losses.bench_linear_stablemax_cross_entropy import torch_chunked
-from bench.losses.bench_perp_grad import eager_loop, resnet50_shapes
+from bench.losses.bench_perp_grad import eager_loop
 from bench.losses.bench_stablemax import eager_stablemax, softmax_of_symlog
+from bench.models import resnet50_shapes
 
 
 def test_cross_entropies_agree() -> None:

@@ -68,26 +68,39 @@ struct Format<double> {
   }
 };
 
+// u = 2^exponent (1 + f) with 1 + f in [sqrt(1/2), sqrt(2)), for a positive, normal, finite u.
+template <typename A>
+struct Reduced {
+  A exponent, f;
+
+  explicit FUSEE_HOST_DEVICE Reduced(A u) {
+    using F = Format<A>;
+    using Bits = typename F::Bits;
+    // A bias keeps the exponent positive, so that it becomes a floating-point number by filling in the
+    // mantissa of 2^kMantissaBits: the conversion of 64-bit integers is an instruction that few vector
+    // units have.
+    const Bits bits = bit_cast<Bits>(u);
+    const Bits biased = (bits - F::kSqrtHalf + (F::kBias << F::kMantissaBits)) >> F::kMantissaBits;
+    constexpr A kOne = A(Bits{1} << F::kMantissaBits);
+    exponent = bit_cast<A>(static_cast<Bits>(biased | bit_cast<Bits>(kOne))) - (kOne + A(F::kBias));
+    f = bit_cast<A>(static_cast<Bits>(bits - ((biased - F::kBias) << F::kMantissaBits))) - A(1);
+  }
+
+  // log(1 + f) - f.
+  FUSEE_HOST_DEVICE A tail() const {
+    const A s = f / (A(2) + f);
+    const A z = s * s;
+    // log(1 + f) = 2s + (2/3) s^3 + ..., and 2s = f - s f, which keeps the leading term exact.
+    return s * (A(2) * z * Format<A>::series(z) - f);
+  }
+};
+
 // log(u) + correction for a positive, normal, finite u.
 template <typename A>
 FUSEE_HOST_DEVICE A log_normal(A u, A correction) {
   using F = Format<A>;
-  using Bits = typename F::Bits;
-  // Split u = 2^k m with m in [sqrt(1/2), sqrt(2)). A bias keeps k positive, so that it becomes a
-  // floating-point number by filling in the mantissa of 2^kMantissaBits: the conversion of 64-bit
-  // integers is an instruction that few vector units have.
-  const Bits bits = bit_cast<Bits>(u);
-  const Bits biased = (bits - F::kSqrtHalf + (F::kBias << F::kMantissaBits)) >> F::kMantissaBits;
-  constexpr A kOne = A(Bits{1} << F::kMantissaBits);
-  const A exponent =
-      bit_cast<A>(static_cast<Bits>(biased | bit_cast<Bits>(kOne))) - (kOne + A(F::kBias));
-  const A m = bit_cast<A>(static_cast<Bits>(bits - ((biased - F::kBias) << F::kMantissaBits)));
-  const A f = m - A(1);
-  const A s = f / (A(2) + f);
-  const A z = s * s;
-  // log(1 + f) = 2s + (2/3) s^3 + ..., and 2s = f - s f, which keeps the leading term exact.
-  const A tail = s * (A(2) * z * F::series(z) - f);
-  return exponent * F::kLn2High + (f + (tail + (exponent * F::kLn2Low + correction)));
+  const Reduced<A> r(u);
+  return r.exponent * F::kLn2High + (r.f + (r.tail() + (r.exponent * F::kLn2Low + correction)));
 }
 
 // log(x) for x >= 0: -inf at 0, NaN stays NaN.

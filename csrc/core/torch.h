@@ -8,11 +8,16 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include <algorithm>
 #include <array>
 #include <cstdint>
 #include <optional>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "core/half.h"
@@ -51,8 +56,24 @@ inline ScalarType accumulate_type(ScalarType type) {
   return type == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
+// Asks for large pages under a large new result on the CPU, without which handing out 4 KB at a time
+// takes the system several times as long as filling them takes an operator.
+inline Tensor with_large_pages(Tensor tensor) {
+#if defined(__linux__) && !defined(__CUDACC__)
+  constexpr uintptr_t kPage = uintptr_t{1} << 21;
+  if (tensor.is_cpu() && static_cast<size_t>(tensor.numel()) * tensor.element_size() >= 4 * kPage) {
+    const uintptr_t begin = reinterpret_cast<uintptr_t>(tensor.mutable_data_ptr());
+    const uintptr_t end = begin + static_cast<size_t>(tensor.numel()) * tensor.element_size();
+    const uintptr_t first = (begin + kPage - 1) / kPage * kPage, last = end / kPage * kPage;
+    // A refusal costs speed alone.
+    static_cast<void>(madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE));
+  }
+#endif
+  return tensor;
+}
+
 inline Tensor empty(const Tensor& like, const Shape& shape, ScalarType type) {
-  return torch::stable::new_empty(like, shape, type);
+  return with_large_pages(torch::stable::new_empty(like, shape, type));
 }
 
 template <typename T>
@@ -82,6 +103,42 @@ inline std::optional<Tensor> as_contiguous(const std::optional<Tensor>& tensor) 
 
 inline Shape to_shape(torch::headeronly::IntHeaderOnlyArrayRef sizes) {
   return Shape(sizes.begin(), sizes.end());
+}
+
+// Of the same shape, dtype and order in memory.
+inline Tensor make_like(const Tensor& like) {
+  // empty_like would keep odd strides of dimensions of size one, which traced tensors do not.
+  if (like.is_contiguous()) return empty(like, to_shape(like.sizes()), like.scalar_type());
+  return with_large_pages(torch::stable::empty_like(like));
+}
+
+// Whether the elements fill one piece of memory, in whatever order.
+inline bool is_dense(const Tensor& tensor) {
+  if (tensor.is_contiguous()) return true;
+  std::vector<std::pair<int64_t, int64_t>> dims;  // stride, size
+  for (int64_t d = 0; d < tensor.dim(); ++d)
+    if (tensor.size(d) != 1) dims.emplace_back(tensor.stride(d), tensor.size(d));
+  std::sort(dims.begin(), dims.end());
+  int64_t expected = 1;
+  for (const auto& [stride, size] : dims) {
+    if (stride != expected) return false;
+    expected *= size;
+  }
+  return true;
+}
+
+inline bool same_strides(const Tensor& a, const Tensor& b) {
+  for (int64_t d = 0; d < a.dim(); ++d)
+    if (a.size(d) != 1 && a.stride(d) != b.stride(d)) return false;
+  return true;
+}
+
+// The tensor in the memory order of `like`, which is dense and of the same shape.
+inline Tensor in_order_of(const Tensor& like, const Tensor& tensor) {
+  if (same_strides(tensor, like)) return tensor;
+  Tensor copy = make_like(like);
+  torch::stable::copy_(copy, tensor);
+  return copy;
 }
 
 // out = a b, by the dispatcher's own matrix product.

@@ -1,13 +1,10 @@
 // PerpGrad in CUDA: all tensors in two launches, one that sums and one that rewrites.
 //
-// The table of tensors travels as a kernel argument, not through device memory: nothing is copied from
-// the host, and a captured CUDA graph keeps its own table. A unit that a warp or a block can take whole is
-// rewritten in the first launch; a longer one is cut into ranges, each a block's. How units are cut
-// depends on their lengths alone, and no sum is atomic, so the result does not depend on the device.
+// A unit that a warp or a block can take whole is rewritten in the first launch. No sum is atomic.
 
 #include "losses/perp_grad.h"
 
-#include "core/cuda/kernel.h"
+#include "core/cuda/table.h"
 #include "core/cuda/torch_stream.h"
 #include "losses/perp_grad_pairs.h"
 
@@ -17,78 +14,14 @@ namespace {
 
 using namespace cuda;
 
-constexpr int kThreads = 256;
-constexpr int kWarps = kThreads / 32;
-// Up to how many elements a warp takes a unit whole, and up to how many a block.
-constexpr int64_t kWarpElements = 1024;
-constexpr int64_t kRangeElements = 16384;
 // Every block that rewrites a unit adds up the sums of all the unit's ranges, so there must be few.
 constexpr int64_t kMaxRanges = 512;
 
-struct Entry {
+struct Entry : Share {
   const void* weight;
   void* grad;
-  int64_t rows, length;
   int64_t first_unit;
-  int32_t first_block;
-  int16_t ranges;  // of each row, a block's each; 0: a warp takes each row
-  int16_t type;
-};
-
-// A launch takes 32 KB of arguments, but is quicker with few.
-constexpr int kSmallTable = 64, kLargeTable = 640;
-
-template <int kCapacity>
-struct Table {
-  int32_t count;
-  int32_t blocks;
-  int32_t range_blocks;  // those of the entries cut into ranges, which come first
-  Entry entries[kCapacity];
-
-  // The entry that a block works on: the last whose first block is not beyond it.
-  FUSEE_DEVICE int find(int block) const {
-    int low = 0, high = count - 1;
-    while (low < high) {
-      const int middle = (low + high + 1) / 2;
-      if (entries[middle].first_block <= block) {
-        low = middle;
-      } else {
-        high = middle - 1;
-      }
-    }
-    return low;
-  }
-};
-
-static_assert(sizeof(Table<kLargeTable>) + 64 <= 32764, "what a launch takes");
-
-// The part of the work that a thread takes part in.
-struct Team {
-  int64_t row;         // of the entry
-  int64_t begin, end;  // within the row
-  int range;
-  int rank, size;
-
-  FUSEE_DEVICE Team(const Entry& entry, int block) {
-    const int local = block - entry.first_block;
-    if (entry.ranges == 0) {
-      row = static_cast<int64_t>(local) * kWarps + (thread_rank() >> 5);
-      range = 0;
-      begin = 0;
-      end = entry.length;
-      rank = thread_rank() & 31;
-      size = 32;
-    } else {
-      row = local / entry.ranges;
-      range = local % entry.ranges;
-      // Ranges of equal size, in whole pieces of 64 elements, so that all begin on the same alignment.
-      const int64_t share = ((entry.length + entry.ranges - 1) / entry.ranges + 63) / 64 * 64;
-      begin = range * share < entry.length ? range * share : entry.length;
-      end = begin + share < entry.length ? begin + share : entry.length;
-      rank = thread_rank();
-      size = kThreads;
-    }
-  }
+  ScalarType type;
 };
 
 FUSEE_DEVICE Dots block_sum_dots(const Dots& dots, const Shared<double>& scratch) {
@@ -232,20 +165,10 @@ FUSEE_DEVICE void team_rewrite(const Team& team, Global<const T> w, Global<T> g,
   }
 }
 
-// The team's row of one of the entry's two tensors.
-template <typename T, typename Void>
-FUSEE_DEVICE Global<T> row_of(Void* memory, const Entry& entry, const Team& team) {
-  Global<T> all{static_cast<T*>(memory)};
-#if defined(FUSEE_EMULATED)
-  all.size = entry.rows * entry.length;
-#endif
-  return all + team.row * entry.length;
-}
-
 // Calls f with a value of the entry's type; the whole block takes the same branch.
 template <typename F>
 FUSEE_DEVICE void by_type(const Entry& entry, const F& f) {
-  switch (static_cast<ScalarType>(entry.type)) {
+  switch (entry.type) {
     case ScalarType::Float:
       return f(float{});
     case ScalarType::Double:
@@ -285,8 +208,8 @@ FUSEE_DEVICE void project(const Entry& entry, const Team& team, const Dots& dots
 }
 
 template <int kCapacity>
-__global__ void __launch_bounds__(kThreads)
-    sum_kernel(const __grid_constant__ Table<kCapacity> table, Global<double> sums,
+__global__ void __launch_bounds__(kTableThreads)
+    sum_kernel(const __grid_constant__ Table<Entry, kCapacity> table, Global<double> sums,
                const Options options) {
   FUSEE_SHARED(double, scratch, 32);
   const int block = static_cast<int>(blockIdx.x);
@@ -314,15 +237,15 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 template <int kCapacity>
-__global__ void __launch_bounds__(kThreads)
-    project_kernel(const __grid_constant__ Table<kCapacity> table, Global<const double> sums,
+__global__ void __launch_bounds__(kTableThreads)
+    project_kernel(const __grid_constant__ Table<Entry, kCapacity> table, Global<const double> sums,
                    const Options options) {
   FUSEE_SHARED(double, scratch, 32);
   const int block = static_cast<int>(blockIdx.x);
   const Entry& entry = table.entries[table.find(block)];
   const Team team(entry, block);
   Dots dots;
-  for (int i = team.rank; i < entry.ranges; i += kThreads) {
+  for (int i = team.rank; i < entry.ranges; i += kTableThreads) {
     const int64_t at = block - team.range + i, count = table.range_blocks;
     dots = dots + Dots{load(sums, at), load(sums, count + at), load(sums, 2 * count + at)};
   }
@@ -331,14 +254,14 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 template <int kCapacity>
-void launch_table(const Table<kCapacity>& table, const Tensor& any, const Options& options,
+void launch_table(const Table<Entry, kCapacity>& table, const Tensor& any, const Options& options,
                   const Context& context) {
   // The sums of each block of a cut unit.
   const Tensor sums = empty(any, {3, table.range_blocks}, ScalarType::Double);
-  launch(&sum_kernel<kCapacity>, table.blocks, kThreads, 0, context.stream, table,
+  launch(&sum_kernel<kCapacity>, table.blocks, kTableThreads, 0, context.stream, table,
          output<double>(sums), options);
   if (table.range_blocks != 0) {
-    launch(&project_kernel<kCapacity>, table.range_blocks, kThreads, 0, context.stream, table,
+    launch(&project_kernel<kCapacity>, table.range_blocks, kTableThreads, 0, context.stream, table,
            input<double>(sums), options);
   }
 }
@@ -355,41 +278,12 @@ Tensor perp_grad_(std::vector<Tensor> weights, std::vector<Tensor> grads, bool p
     if (pair.rows == 0) continue;
     // Kept units are entries of empty rows, which only report that they are not degenerate.
     const int64_t length = pair.keep ? 0 : pair.length;
-    const int64_t ranges = (length + kRangeElements - 1) / kRangeElements;
-    entries.push_back(
-        {pair.weight.const_data_ptr(), pair.grad.mutable_data_ptr(), pair.rows, length,
-         pair.first_unit, 0,
-         static_cast<int16_t>(length <= kWarpElements ? 0 : std::min(ranges, kMaxRanges)),
-         static_cast<int16_t>(pair.type)});
+    entries.push_back({Share::of(pair.rows, length, kMaxRanges), pair.weight.const_data_ptr(),
+                       pair.grad.mutable_data_ptr(), pair.first_unit, pair.type});
   }
-  // The second launch is for the first blocks.
-  std::stable_partition(entries.begin(), entries.end(),
-                        [](const Entry& entry) { return entry.ranges > 1; });
-
   const Options options{output<bool>(degenerate), threshold, rescale};
-  auto run = [&]<int kCapacity>(size_t begin, size_t end) {
-    Table<kCapacity> table{};
-    int64_t blocks = 0, range_blocks = 0;
-    for (size_t i = begin; i < end; ++i) {
-      Entry entry = entries[i];
-      entry.first_block = static_cast<int32_t>(blocks);
-      table.entries[table.count++] = entry;
-      blocks += entry.ranges == 0 ? (entry.rows + kWarps - 1) / kWarps : entry.rows * entry.ranges;
-      if (entry.ranges > 1) range_blocks = blocks;
-      FUSEE_REQUIRE(blocks < INT32_MAX, "too many rows for one launch");
-    }
-    table.blocks = static_cast<int32_t>(blocks);
-    table.range_blocks = static_cast<int32_t>(range_blocks);
-    launch_table(table, grads[0], options, context);
-  };
-  for (size_t begin = 0; begin < entries.size(); begin += kLargeTable) {
-    const size_t end = std::min(entries.size(), begin + kLargeTable);
-    if (end - begin <= kSmallTable) {
-      run.template operator()<kSmallTable>(begin, end);
-    } else {
-      run.template operator()<kLargeTable>(begin, end);
-    }
-  }
+  for_each_table(entries,
+                 [&](const auto& table) { launch_table(table, grads[0], options, context); });
   pairs.finish();
   return degenerate;
 }

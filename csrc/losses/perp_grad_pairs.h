@@ -66,11 +66,8 @@ class Pairs {
     const bool rows_whole = rows == 1 || grad.stride(0) == length;
     Tensor w = weight, g = grad;
     if (!keep && grad.numel() != 0) {
-      if (dense(grad) && rows_whole) {
-        if (!same_strides(weight, grad)) {
-          w = torch::stable::empty_like(grad);
-          torch::stable::copy_(w, weight);
-        }
+      if (is_dense(grad) && rows_whole) {
+        w = in_order_of(grad, weight);
       } else {
         w = as_contiguous(weight);
         g = empty(grad, to_shape(grad.sizes()), grad.scalar_type());
@@ -79,26 +76,6 @@ class Pairs {
       }
     }
     all.push_back({w, g, grad.scalar_type(), rows, length, units, keep});
-  }
-
-  // Whether the elements fill one piece of memory, in whatever order.
-  static bool dense(const Tensor& tensor) {
-    std::vector<std::pair<int64_t, int64_t>> dims;  // stride, size
-    for (int64_t d = 0; d < tensor.dim(); ++d)
-      if (tensor.size(d) != 1) dims.emplace_back(tensor.stride(d), tensor.size(d));
-    std::sort(dims.begin(), dims.end());
-    int64_t expected = 1;
-    for (const auto& [stride, size] : dims) {
-      if (stride != expected) return false;
-      expected *= size;
-    }
-    return true;
-  }
-
-  static bool same_strides(const Tensor& a, const Tensor& b) {
-    for (int64_t d = 0; d < a.dim(); ++d)
-      if (a.size(d) != 1 && a.stride(d) != b.stride(d)) return false;
-    return true;
   }
 
   std::vector<std::pair<Tensor, Tensor>> copies_;

@@ -9,9 +9,15 @@ from fusee._library import LOADED as _LOADED
 from fusee.losses.linear_stablemax_cross_entropy import linear_stablemax_cross_entropy
 from fusee.losses.stablemax import log_stablemax, stablemax
 from fusee.losses.stablemax_cross_entropy import stablemax_cross_entropy
+from fusee.reparam.compand import compand
+from fusee.reparam.compand_foreach import compand_foreach
+from fusee.reparam.compand_inverse import compand_inverse
 
 __version__ = "0.1.0"
 __all__ = [
+    "compand",
+    "compand_foreach",
+    "compand_inverse",
     "engine",
     "linear_stablemax_cross_entropy",
     "log_stablemax",

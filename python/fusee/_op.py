@@ -9,6 +9,7 @@ compiles, the registered operator itself is called, and its registered backward 
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -46,6 +47,22 @@ def backward_follows(*tensors: Tensor | None) -> tuple[bool, ...]:
     return tuple(enabled and tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
+_shardings: list[tuple[Any, Callable[..., Any]]] = []
+"""The sharding rules that DTensor does not know yet."""
+
+
+# The decorator makes it run while a compiler traces the caller.
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _register_shardings() -> None:
+    """Makes the rules known once there may be DTensors: their module takes long to import."""
+    if _shardings and "torch.distributed.tensor" in sys.modules:
+        from torch.distributed.tensor.experimental import register_sharding
+
+        while _shardings:
+            overload, rule = _shardings.pop()
+            register_sharding(overload)(rule)
+
+
 class Op:
     """A compiled operator with everything PyTorch may ask of it.
 
@@ -60,6 +77,9 @@ class Op:
             argument, as in ``torch.library.register_autograd``; ``args`` are the arguments, and
             ``constants`` the outputs without gradients. It calls differentiable functions only.
             Without it the derivative is that of the reference.
+        sharding: how a DTensor may be sharded, as in
+            ``torch.distributed.tensor.experimental.register_sharding``; without it the operator does not
+            take DTensors.
     """
 
     def __init__(
@@ -71,6 +91,7 @@ class Op:
         vmap: Callable[..., Any],
         differentiable: tuple[Sequence[int], Sequence[int]] = ((), ()),
         backward: Callable[..., Any] | None = None,
+        sharding: Callable[..., Any] | None = None,
     ) -> None:
         self.name = name
         self.reference = reference
@@ -82,6 +103,8 @@ class Op:
         for device, key in (("cpu", "CPU"), ("cuda", "CUDA")):
             if LOADED[device].engine is None:
                 _implementations.impl(name, _missing_engine(name, device), key)
+        if sharding is not None:
+            _shardings.append((self.overload, sharding))
         self._function: type[torch.autograd.Function] | None = None
         if differentiable[0]:
             self._function = _make_function(name, self, *differentiable, backward)
@@ -90,6 +113,7 @@ class Op:
             )
 
     def __call__(self, *args: Any) -> Any:
+        _register_shardings()
         if self._function is None:
             return self.overload(*args)
         if torch.compiler.is_compiling():

@@ -3,10 +3,20 @@
 from fusee.losses.linear_stablemax_cross_entropy import LinearStableMaxCrossEntropyLoss
 from fusee.losses.stablemax import LogStableMax, StableMax
 from fusee.losses.stablemax_cross_entropy import StableMaxCrossEntropyLoss
+from fusee.reparam.compand_model import compand_model, compander_param_groups, fold_companders
+from fusee.reparam.compander import Compander
+from fusee.reparam.weight_histograms import plot_weight_histograms
+from fusee.reparam.weight_report import weight_report
 
 __all__ = [
+    "Compander",
     "LinearStableMaxCrossEntropyLoss",
     "LogStableMax",
     "StableMax",
     "StableMaxCrossEntropyLoss",
+    "compand_model",
+    "compander_param_groups",
+    "fold_companders",
+    "plot_weight_histograms",
+    "weight_report",
 ]
