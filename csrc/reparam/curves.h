@@ -408,14 +408,14 @@ struct Curve<Kind::kPowerprop, A> {
     const Expansion<A> log = log2(n);
     const bool usual = ordinary(n);
     const A f = power(A(1), b, log);
-    const A derivative = power(A(1), b - A(1), log);
+    const A derivative = power(a * b, b - A(1), log);
     // At zero and at infinity.
     const A infinite = std::numeric_limits<A>::infinity();
     const A at_end = (n == A(0)) == (b < A(1)) ? infinite : A(0);
-    const A end = n != n ? n : b == A(1) ? A(1) : at_end;
+    const A end = n != n ? n : b == A(1) ? a : at_end;
     return {usual ? derivative : end, usual ? f : n, usual ? f * (log.high * kLog2) : n};
   }
-  FUSEE_HOST_DEVICE A derivative_scale() const { return a * b; }
+  FUSEE_HOST_DEVICE A derivative_scale() const { return A(1); }
   FUSEE_HOST_DEVICE ParameterGradients<A> gradients(double f, double t) const {
     return {f, static_cast<double>(a) * t};
   }

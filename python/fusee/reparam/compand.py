@@ -104,15 +104,56 @@ def _backward(ctx: Any, args: Any, constants: Any, grad: Tensor) -> Any:
     return (*_compand_backward(grad, *args), None)
 
 
+def _slopes(v: Tensor, a: Tensor, b: Tensor, kind: str) -> tuple[Tensor, Tensor, Tensor]:
+    """The derivatives of the curve in v, a and b."""
+    positive = v >= 0
+    n = torch.where(positive, v, -v)
+    t = n / b
+    match kind:
+        case "arctan":
+            q = 1 / (1 + t * t)
+            in_v, in_a, in_b = a / b * q, torch.atan(t), -a / b * t * q
+        case "tanh":
+            q = 1 - torch.tanh(t).square()
+            in_v, in_a, in_b = a / b * q, torch.tanh(t), -a / b * t * q
+        case "softsign":
+            in_v, in_a, in_b = a * b / (b + n).square(), n / (b + n), -a * n / (b + n).square()
+        case "asinh":
+            q = (1 + t * t).rsqrt()
+            in_v, in_a, in_b = a / b * q, torch.asinh(t), -a / b * t * q
+        case "symlog":
+            in_v, in_a, in_b = a / (b + n), torch.log1p(t), -a * t / (b + n)
+        case "mu_law":
+            u, scale = b * n / a, torch.log1p(b)
+            log = torch.log1p(u)
+            in_v = b / (scale * (1 + u))
+            in_a = (log - u / (1 + u)) / scale
+            in_b = (n / (1 + u) - a * log / (scale * (1 + b))) / scale
+        case _:
+            zero = n == 0
+            safe = torch.where(zero, 1.0, n)
+            at_zero = torch.where(b > 1, 0.0, torch.where(b == 1, a, math.inf))
+            in_v = torch.where(zero, at_zero, a * b * safe.pow(b - 1))
+            in_a = torch.where(zero, 0.0, safe.pow(b))
+            in_b = a * in_a * safe.log()
+    return in_v, torch.where(positive, in_a, -in_a), torch.where(positive, in_b, -in_b)
+
+
 def _backward_reference(
     grad: Tensor, input: Tensor, a: Tensor, b: Tensor, kind: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    def function(v: Tensor, a: Tensor, b: Tensor) -> Tensor:
-        return _reference(v, a, b, kind)
+    dtype = accumulate_dtype(input.dtype)
+    of_a, of_b = over_channels(a, input), over_channels(b, input)
+    valid = (of_a > 0) & of_a.isfinite() & (of_b > 0) & of_b.isfinite()
+    in_v, in_a, in_b = _slopes(input.to(dtype), of_a, of_b, KINDS[kind])
+    # NaN where a or b is invalid; the product carries it to every gradient.
+    g = grad.to(dtype) * torch.where(valid, 1.0, math.nan)
 
-    pull: Any = torch.func.vjp(function, input, a, b)[1]
-    gradients: tuple[Tensor, Tensor, Tensor] = pull(grad)
-    return gradients
+    def summed(terms: Tensor, parameter: Tensor) -> Tensor:
+        rows = (g * terms).reshape(parameter.numel(), input.numel() // max(parameter.numel(), 1))
+        return rows.sum(1).reshape(parameter.shape)
+
+    return (g * in_v).to(input.dtype), summed(in_a, a), summed(in_b, b)
 
 
 def _backward_fake(
