@@ -1,7 +1,7 @@
-"""Trains a small classifier on handwritten digits, with softmax and with StableMax cross entropy.
+"""Trains a small classifier on handwritten digits with softmax, StableMax, and the weight compander.
 
 What `make demo` runs. The digits are scikit-learn's: 1797 real images of 8 x 8 pixels, which come with
-the package. For each seed, both losses get the same split, the same initial weights and the same order
+the package. For each seed, all methods get the same split, the same initial weights and the same order
 of batches. Every number printed is computed in the run.
 
     python examples/demo.py                     about a minute on two cores
@@ -28,10 +28,24 @@ from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 from tqdm import tqdm
 
-Loss = Callable[..., Tensor]
-LOSSES: dict[str, tuple[Loss, Callable[[Tensor], Tensor], str]] = {
-    "softmax": (F.cross_entropy, lambda x: x.softmax(1), "#c44e52"),
-    "StableMax": (fusee.stablemax_cross_entropy, fusee.stablemax, "#4c72b0"),
+
+@dataclass(frozen=True)
+class Method:
+    """What is different in one way of training."""
+
+    loss: Callable[..., Tensor]
+    normalize: Callable[[Tensor], Tensor]
+    color: str
+    change: Callable[[nn.Module], object] = lambda model: None
+    """Done to the initialised model."""
+
+
+METHODS = {
+    "softmax": Method(F.cross_entropy, lambda x: x.softmax(1), "#c44e52"),
+    "StableMax": Method(fusee.stablemax_cross_entropy, fusee.stablemax, "#4c72b0"),
+    "StableMax, compander": Method(
+        fusee.stablemax_cross_entropy, fusee.stablemax, "#55a868", fusee.nn.compand_model
+    ),
 }
 
 
@@ -53,6 +67,10 @@ class Run:
     finished: list[float] = field(default_factory=list)
     """The share of training images whose loss is exactly zero: they teach nothing any more."""
     probabilities: Tensor = field(default_factory=lambda: torch.empty(0))
+    weights: Tensor = field(default_factory=lambda: torch.empty(0))
+    """Those of all layers, biases aside."""
+    near_zero: float = 0.0
+    """The share of weights that are at most a tenth of the root mean square of their layer."""
     seconds: float = 0.0
 
 
@@ -68,26 +86,30 @@ def split_digits(seed: int) -> Split:
 
 
 def train(name: str, data: Split, epochs: int, seed: int, advance: Callable[[], object]) -> Run:
-    """Trains one network with one loss."""
-    loss, normalize, _ = LOSSES[name]
+    """Trains one network with one method."""
+    method = METHODS[name]
     torch.manual_seed(seed)
     model = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 10))
+    method.change(model)
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
     run = Run()
     start = time.perf_counter()
     for _ in range(epochs):
         for batch in torch.randperm(len(data.x)).split(128):
             optimizer.zero_grad()
-            loss(model(data.x[batch]), data.y[batch]).backward()
+            method.loss(model(data.x[batch]), data.y[batch]).backward()
             optimizer.step()
         with torch.no_grad():
             logits = model(data.x_test)
             run.accuracy.append((logits.argmax(1) == data.y_test).float().mean().item())
-            losses = loss(model(data.x), data.y, reduction="none")
+            losses = method.loss(model(data.x), data.y, reduction="none")
             run.finished.append((losses == 0).float().mean().item())
         advance()
     run.seconds = time.perf_counter() - start
-    run.probabilities = normalize(logits)
+    run.probabilities = method.normalize(logits)
+    report = fusee.nn.weight_report(model)
+    run.near_zero = report.near_zero
+    run.weights = torch.cat([row.sample for row in report.rows])
     return run
 
 
@@ -97,23 +119,37 @@ def spread(values: list[float], digits: int, scale: float = 1.0) -> str:
     return f"{scale * mean(values):.{digits}f} ± {scale * deviation:.{digits}f}"
 
 
+COLUMNS = (
+    *("", "test accuracy %", "chance given to truth", "loss exactly 0, %"),
+    *("weights near 0, %", "largest weight", "seconds a run"),
+)
+
+
 def table(runs: dict[str, list[Run]], splits: list[Split]) -> str:
-    """One row for each loss; means and standard deviations over the seeds."""
-    head = ("", "test accuracy %", "chance given to truth", "loss exactly 0, %", "seconds a run")
-    lines = ["  ".join(f"{h:>21}" for h in head), "-" * 113]
+    """One row for each method; means and standard deviations over the seeds."""
+    rows = [COLUMNS]
     for name, of_name in runs.items():
         truth = [
             r.probabilities.gather(1, s.y_test[:, None]).mean().item()
             for r, s in zip(of_name, splits, strict=True)
         ]
-        cells = (
-            name,
-            spread([r.accuracy[-1] for r in of_name], 2, 100),
-            spread(truth, 3),
-            spread([r.finished[-1] for r in of_name], 1, 100),
-            spread([r.seconds for r in of_name], 2),
+        rows.append(
+            (
+                name,
+                spread([r.accuracy[-1] for r in of_name], 2, 100),
+                spread(truth, 3),
+                spread([r.finished[-1] for r in of_name], 1, 100),
+                spread([r.near_zero for r in of_name], 1, 100),
+                spread([r.weights.abs().max().item() for r in of_name], 2),
+                spread([r.seconds for r in of_name], 2),
+            )
         )
-        lines.append("  ".join(f"{cell:>21}" for cell in cells))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [
+        "  ".join(f"{cell:>{width}}" for cell, width in zip(row, widths, strict=True))
+        for row in rows
+    ]
+    lines.insert(1, "-" * len(lines[0]))
     return "\n".join(lines)
 
 
@@ -125,13 +161,22 @@ def band(axis: plt.Axes, curves: list[list[float]], label: str, color: str) -> N
     axis.fill_between(epochs, values.amin(0), values.amax(0), color=color, alpha=0.2, linewidth=0)
 
 
+def histograms(axis: plt.Axes, weights: dict[str, Tensor]) -> None:
+    """How the weights lie about zero: the density of each method's."""
+    reach = max(w.abs().quantile(0.999).item() for w in weights.values())
+    edges = torch.linspace(-reach, reach, 82)
+    for name, of_name in weights.items():
+        density, _ = torch.histogram(of_name, edges, density=True)
+        axis.stairs(density, edges, color=METHODS[name].color, linewidth=1.5)
+
+
 def plot(runs: dict[str, list[Run]], splits: list[Split], path: Path) -> None:
-    """Curves of all seeds, and the test images of the first that gave most trouble."""
-    figure = plt.figure(figsize=(13, 4.4), layout="constrained")
-    left, right = figure.subfigures(1, 2, width_ratios=(8.2, 4.8)).flat
-    axes = left.subplots(1, 2)
+    """Curves of all seeds; of the first, the weights, and the test images that gave most trouble."""
+    figure = plt.figure(figsize=(17, 4.6), layout="constrained")
+    left, right = figure.subfigures(1, 2, width_ratios=(12.2, 4.8)).flat
+    axes = left.subplots(1, 3)
     for name, of_name in runs.items():
-        color = LOSSES[name][2]
+        color = METHODS[name].color
         band(axes[0], [r.accuracy for r in of_name], name, color)
         band(axes[1], [r.finished for r in of_name], name, color)
     low = min(
@@ -141,8 +186,10 @@ def plot(runs: dict[str, list[Run]], splits: list[Split], path: Path) -> None:
     axes[0].set_title("test accuracy, %", fontsize=11)
     axes[1].set_title("training images whose loss is exactly 0, %", fontsize=11)
     axes[0].legend(loc="lower right", title=f"mean and range of {len(splits)} seeds")
-    for axis in axes:
-        axis.set_xlabel("epoch")
+    histograms(axes[2], {name: of_name[0].weights for name, of_name in runs.items()})
+    axes[2].set_title("density of the weights, first seed", fontsize=11)
+    for axis, label in zip(axes, ("epoch", "epoch", "weight"), strict=True):
+        axis.set_xlabel(label)
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
 
@@ -165,7 +212,7 @@ def plot(runs: dict[str, list[Run]], splits: list[Split], path: Path) -> None:
                 va="top",
                 transform=cell.transAxes,
                 fontsize=9,
-                color=LOSSES[name][2],
+                color=METHODS[name].color,
             )
     right.suptitle("the hardest test images, and what each network reads", fontsize=11)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -186,11 +233,11 @@ def main() -> None:
     torch.set_num_threads(1)
     print(f"fusee {fusee.__version__}: the {fusee.engine()} engine serves the CPU")
     splits = [split_digits(seed) for seed in range(options.seeds)]
-    runs: dict[str, list[Run]] = {name: [] for name in LOSSES}
-    with tqdm(total=len(LOSSES) * options.seeds * options.epochs, unit="epoch") as bar:
+    runs: dict[str, list[Run]] = {name: [] for name in METHODS}
+    with tqdm(total=len(METHODS) * options.seeds * options.epochs, unit="epoch") as bar:
         for seed, data in enumerate(splits):
-            for name in LOSSES:
-                bar.set_description(f"{name:9} seed {seed}")
+            for name in METHODS:
+                bar.set_description(f"{name:20} seed {seed}")
                 runs[name].append(train(name, data, options.epochs, seed, bar.update))
                 bar.set_postfix(accuracy=f"{100 * runs[name][-1].accuracy[-1]:.2f} %")
     plot(runs, splits, options.output)
@@ -198,7 +245,8 @@ def main() -> None:
     print(f"\n{counts}, {options.seeds} seeds, {options.epochs} epochs, float32\n")
     print(table(runs, splits))
     print(
-        "\nmean ± standard deviation over the seeds; the last three columns are of the last epoch"
+        "\nmean ± standard deviation over the seeds; near 0: within a tenth of the"
+        "\nroot mean square of the layer; all but the seconds are of the last epoch"
     )
     print(f"picture: {options.output}")
 
