@@ -10,7 +10,7 @@ image in a test had a part in a choice. Plain and companded weights are tuned al
 learning rates, weight decays and dropouts. The searched shape is one more search, in which these stay
 as the compander has them. Plain weights are also trained with the compander's choice of these.
 
-    python examples/compander.py                    two to four minutes on one core
+    python examples/compander.py                    three minutes on a free core
     python examples/compander.py --seeds 20         what docs/compander.md shows
     python examples/compander.py --tune             chooses the settings again, in about an hour
 """

@@ -6,7 +6,7 @@ from fusee.losses.stablemax_cross_entropy import StableMaxCrossEntropyLoss
 from fusee.reparam.compand_model import compand_model, compander_param_groups, fold_companders
 from fusee.reparam.compander import Compander
 from fusee.reparam.weight_histograms import plot_weight_histograms
-from fusee.reparam.weight_report import weight_report
+from fusee.reparam.weight_report import WeightReport, weight_report
 
 __all__ = [
     "Compander",
@@ -14,6 +14,7 @@ __all__ = [
     "LogStableMax",
     "StableMax",
     "StableMaxCrossEntropyLoss",
+    "WeightReport",
     "compand_model",
     "compander_param_groups",
     "fold_companders",
