@@ -89,9 +89,10 @@ class Compander(nn.Module):
 
     Where the output of the layer is normalised (BatchNorm, LayerNorm), scaling its weights changes
     nothing. The gradient of ``a`` is then zero but for rounding, and only ``b`` learns; Adam, which
-    divides gradients by their size, makes ``a`` wander all the same. Weight decay on α and β pulls ``a`` and ``b`` back to where they began; :func:`fusee.nn.compander_param_groups`
-    keeps them out of it. Weight decay on v moves w by :math:`\lambda v \Psi'(v)`: small weights shrink
-    as ever, saturated ones hardly.
+    divides gradients by their size, makes ``a`` wander all the same. Weight decay on α and β pulls
+    ``a`` and ``b`` back to where they began; :func:`fusee.nn.compander_param_groups` keeps them out of
+    it. Weight decay on v moves w by :math:`\lambda v \Psi'(v)`: small weights shrink as ever,
+    saturated ones hardly.
 
     Works with ``deepcopy``, ``torch.compile(fullgraph=True)``, autocast and
     :func:`torch.nn.utils.parametrize.cached`, in which a weight is computed once, for one backward
