@@ -55,7 +55,7 @@ __global__ void __launch_bounds__(kTableThreads, 2)
     const Vector<T, N> v = load<N>(in, i);
     Vector<T, N> w;
     for (int k = 0; k < N; ++k) w[k] = static_cast<T>(companded(curve, static_cast<A>(v[k])));
-    store(out, i, w);
+    store_whole(out, i, w);
   };
   if (same_alignment<N>(in, out)) {
     for_each_vector<N>(out, team.begin, team.end, team.rank, team.size, vector, scalar);
@@ -92,7 +92,7 @@ FUSEE_DEVICE Sums<A> team_gradient(const Curve<kKind, A>& curve, const Entry& en
     const Vector<T, N> v = load<N>(in, i), g = load<N>(grad, i);
     Vector<T, N> result;
     for (int k = 0; k < N; ++k) result[k] = one(v[k], g[k]);
-    store(out, i, result);
+    store_whole(out, i, result);
   };
   if (same_alignment<N>(in, out) && same_alignment<N>(grad, out)) {
     for_each_vector<N>(out, team.begin, team.end, team.rank, team.size, vector, scalar);

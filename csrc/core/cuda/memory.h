@@ -92,7 +92,7 @@ struct Word<16> {
 template <typename V>
 using word_t = typename Word<sizeof(V)>::type;
 
-enum class Hint { none, streaming, read_only };
+enum class Hint { none, streaming, read_only, whole };
 
 #if defined(FUSEE_EMULATED)
 template <typename T>
@@ -135,6 +135,8 @@ FUSEE_DEVICE void store_word(void* address, const V& value) {
   const W word = fusee::bit_cast<W>(value);
   if constexpr (hint == Hint::streaming) {
     __stcs(to, word);
+  } else if constexpr (hint == Hint::whole) {
+    __stwb(to, word);
   } else {
     *to = word;
   }
@@ -187,6 +189,8 @@ FUSEE_LOAD(load_readonly, read_only)
   }
 FUSEE_STORE(store, none)
 FUSEE_STORE(store_streaming, streaming)
+// A store that stays one access where the compiler would make several, one for each element once it is known.
+FUSEE_STORE(store_whole, whole)
 #undef FUSEE_STORE
 
 // Atomics return the old value. CUDA has no 64-bit signed addition, which is the unsigned one.
