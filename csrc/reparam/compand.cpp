@@ -102,6 +102,11 @@ Sums backward_row(const Curve& curve, const T* FUSEE_RESTRICT grad, const T* FUS
   return sums;
 }
 
+template <Kind kKind, typename A>
+Curve<kKind, A> curve_of(const Weight& weight, int64_t row) {
+  return make_curve<kKind, A>(data<A>(weight.a)[row], data<A>(weight.b)[row]);
+}
+
 void forward(const std::vector<Weight>& weights, int64_t kind) {
   const Tasks tasks(weights);
   dispatch_kind(kind, [&](auto constant) {
@@ -110,8 +115,7 @@ void forward(const std::vector<Weight>& weights, int64_t kind) {
       const Weight& weight = *task.weight;
       for (int64_t row = task.row_begin; row < task.row_end; ++row) {
         const int64_t first = row * weight.length + task.begin;
-        const auto curve =
-            make_curve<constant(), A>(data<A>(weight.a)[row], data<A>(weight.b)[row]);
+        const auto curve = curve_of<constant(), A>(weight, row);
         forward_row(curve, data<T>(weight.input) + first, task.end - task.begin,
                     mutable_data<T>(weight.output) + first);
       }
@@ -127,8 +131,7 @@ void backward(const std::vector<Weight>& weights, int64_t kind) {
       const Weight& weight = *task.weight;
       for (int64_t row = task.row_begin; row < task.row_end; ++row) {
         const int64_t first = row * weight.length + task.begin;
-        const auto curve =
-            make_curve<constant(), A>(data<A>(weight.a)[row], data<A>(weight.b)[row]);
+        const auto curve = curve_of<constant(), A>(weight, row);
         tasks.sums[task.sums + row - task.row_begin] =
             backward_row(curve, data<T>(*weight.grad) + first, data<T>(weight.input) + first,
                          task.end - task.begin, mutable_data<T>(weight.output) + first);
@@ -146,8 +149,7 @@ void backward(const std::vector<Weight>& weights, int64_t kind) {
               total.f += sums->f;
               total.t += sums->t;
             }
-            const auto curve =
-                make_curve<constant(), A>(data<A>(weight.a)[row], data<A>(weight.b)[row]);
+            const auto curve = curve_of<constant(), A>(weight, row);
             const auto gradients = curve.gradients(total.f, total.t);
             mutable_data<A>(weight.grad_a)[row] = static_cast<A>(gradients.a);
             mutable_data<A>(weight.grad_b)[row] = static_cast<A>(gradients.b);
@@ -158,34 +160,15 @@ void backward(const std::vector<Weight>& weights, int64_t kind) {
   });
 }
 
-Tensor compand(const Tensor& input, const Tensor& a, const Tensor& b, int64_t kind) {
-  return compand_one(input, a, b, kind, forward);
-}
-
-std::tuple<Tensor, Tensor, Tensor> compand_backward(const Tensor& grad, const Tensor& input,
-                                                    const Tensor& a, const Tensor& b,
-                                                    int64_t kind) {
-  return compand_backward_one(grad, input, a, b, kind, backward);
-}
-
-std::vector<Tensor> compand_foreach(std::vector<Tensor> inputs, std::vector<Tensor> a,
-                                    std::vector<Tensor> b, int64_t kind) {
-  return compand_list(inputs, a, b, kind, forward);
-}
-
-std::vector<Tensor> compand_foreach_backward(std::vector<Tensor> grads, std::vector<Tensor> inputs,
-                                             std::vector<Tensor> a, std::vector<Tensor> b,
-                                             int64_t kind) {
-  return compand_backward_list(grads, inputs, a, b, kind, backward);
-}
+using Operators = CompandOperators<&forward, &backward>;
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(fusee, CPU, m) {
-  m.impl("compand", TORCH_BOX(&compand));
-  m.impl("compand_backward", TORCH_BOX(&compand_backward));
-  m.impl("compand_foreach", TORCH_BOX(&compand_foreach));
-  m.impl("compand_foreach_backward", TORCH_BOX(&compand_foreach_backward));
+  m.impl("compand", TORCH_BOX(&Operators::one));
+  m.impl("compand_backward", TORCH_BOX(&Operators::backward_of_one));
+  m.impl("compand_foreach", TORCH_BOX(&Operators::foreach));
+  m.impl("compand_foreach_backward", TORCH_BOX(&Operators::backward_of_foreach));
 }
 
 }  // namespace FUSEE_ENGINE_NAMESPACE

@@ -231,34 +231,15 @@ void backward(const std::vector<Weight>& weights, int64_t kind) {
   });
 }
 
-Tensor compand(const Tensor& input, const Tensor& a, const Tensor& b, int64_t kind) {
-  return compand_one(input, a, b, kind, forward);
-}
-
-std::tuple<Tensor, Tensor, Tensor> compand_backward(const Tensor& grad, const Tensor& input,
-                                                    const Tensor& a, const Tensor& b,
-                                                    int64_t kind) {
-  return compand_backward_one(grad, input, a, b, kind, backward);
-}
-
-std::vector<Tensor> compand_foreach(std::vector<Tensor> inputs, std::vector<Tensor> a,
-                                    std::vector<Tensor> b, int64_t kind) {
-  return compand_list(inputs, a, b, kind, forward);
-}
-
-std::vector<Tensor> compand_foreach_backward(std::vector<Tensor> grads, std::vector<Tensor> inputs,
-                                             std::vector<Tensor> a, std::vector<Tensor> b,
-                                             int64_t kind) {
-  return compand_backward_list(grads, inputs, a, b, kind, backward);
-}
+using Operators = CompandOperators<&forward, &backward>;
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(fusee, FUSEE_CUDA_KEY, m) {
-  m.impl("compand", TORCH_BOX(&compand));
-  m.impl("compand_backward", TORCH_BOX(&compand_backward));
-  m.impl("compand_foreach", TORCH_BOX(&compand_foreach));
-  m.impl("compand_foreach_backward", TORCH_BOX(&compand_foreach_backward));
+  m.impl("compand", TORCH_BOX(&Operators::one));
+  m.impl("compand_backward", TORCH_BOX(&Operators::backward_of_one));
+  m.impl("compand_foreach", TORCH_BOX(&Operators::foreach));
+  m.impl("compand_foreach_backward", TORCH_BOX(&Operators::backward_of_foreach));
 }
 
 }  // namespace FUSEE_ENGINE_NAMESPACE

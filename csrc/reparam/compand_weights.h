@@ -90,59 +90,56 @@ struct Weight {
   }
 };
 
-// An operator over one tensor or over lists, each made of a function that computes a list of weights.
-template <typename Run>
-Tensor compand_one(const Tensor& input, const Tensor& a, const Tensor& b, int64_t kind,
-                   const Run& run) {
-  std::vector<Weight> weights{Weight(input, a, b)};
-  run(weights, kind);
-  return weights[0].finish();
-}
+// The operators over one tensor and over lists, made of two functions that compute a list of weights.
+template <auto kForward, auto kBackward>
+struct CompandOperators {
+  using Tensors = std::vector<Tensor>;
 
-template <typename Run>
-std::tuple<Tensor, Tensor, Tensor> compand_backward_one(const Tensor& grad, const Tensor& input,
-                                                        const Tensor& a, const Tensor& b,
-                                                        int64_t kind, const Run& run) {
-  std::vector<Weight> weights{Weight(input, a, b, grad)};
-  run(weights, kind);
-  return {weights[0].finish(), weights[0].grad_a, weights[0].grad_b};
-}
+  static Tensor one(const Tensor& input, const Tensor& a, const Tensor& b, int64_t kind) {
+    std::vector<Weight> weights{Weight(input, a, b)};
+    kForward(weights, kind);
+    return weights[0].finish();
+  }
 
-template <typename Run>
-std::vector<Tensor> compand_list(const std::vector<Tensor>& inputs, const std::vector<Tensor>& a,
-                                 const std::vector<Tensor>& b, int64_t kind, const Run& run) {
-  const size_t count = inputs.size();
-  FUSEE_REQUIRE(a.size() == count && b.size() == count, "a and b must be as many as the inputs");
-  std::vector<Weight> weights;
-  weights.reserve(count);
-  for (size_t i = 0; i < count; ++i) weights.emplace_back(inputs[i], a[i], b[i]);
-  run(weights, kind);
-  std::vector<Tensor> results;
-  results.reserve(count);
-  for (Weight& weight : weights) results.push_back(weight.finish());
-  return results;
-}
+  static std::tuple<Tensor, Tensor, Tensor> backward_of_one(const Tensor& grad, const Tensor& input,
+                                                            const Tensor& a, const Tensor& b,
+                                                            int64_t kind) {
+    std::vector<Weight> weights{Weight(input, a, b, grad)};
+    kBackward(weights, kind);
+    return {weights[0].finish(), weights[0].grad_a, weights[0].grad_b};
+  }
 
-template <typename Run>
-std::vector<Tensor> compand_backward_list(const std::vector<Tensor>& grads,
-                                          const std::vector<Tensor>& inputs,
-                                          const std::vector<Tensor>& a,
-                                          const std::vector<Tensor>& b, int64_t kind,
-                                          const Run& run) {
-  const size_t count = inputs.size();
-  FUSEE_REQUIRE(a.size() == count && b.size() == count && grads.size() == count,
-                "grads, a and b must be as many as the inputs");
-  std::vector<Weight> weights;
-  weights.reserve(count);
-  for (size_t i = 0; i < count; ++i) weights.emplace_back(inputs[i], a[i], b[i], grads[i]);
-  run(weights, kind);
-  std::vector<Tensor> results;
-  results.reserve(3 * count);
-  for (Weight& weight : weights) results.push_back(weight.finish());
-  for (Weight& weight : weights) results.push_back(weight.grad_a);
-  for (Weight& weight : weights) results.push_back(weight.grad_b);
-  return results;
-}
+  static Tensors foreach (Tensors inputs, Tensors a, Tensors b, int64_t kind) {
+    const size_t count = inputs.size();
+    FUSEE_REQUIRE(a.size() == count && b.size() == count, "a and b must be as many as the inputs");
+    std::vector<Weight> weights;
+    weights.reserve(count);
+    for (size_t i = 0; i < count; ++i) weights.emplace_back(inputs[i], a[i], b[i]);
+    kForward(weights, kind);
+    Tensors results;
+    results.reserve(count);
+    for (Weight& weight : weights) results.push_back(weight.finish());
+    return results;
+  }
+
+  // The gradients of all inputs, of all a, of all b.
+  static Tensors backward_of_foreach(Tensors grads, Tensors inputs, Tensors a, Tensors b,
+                                     int64_t kind) {
+    const size_t count = inputs.size();
+    FUSEE_REQUIRE(a.size() == count && b.size() == count && grads.size() == count,
+                  "grads, a and b must be as many as the inputs");
+    std::vector<Weight> weights;
+    weights.reserve(count);
+    for (size_t i = 0; i < count; ++i) weights.emplace_back(inputs[i], a[i], b[i], grads[i]);
+    kBackward(weights, kind);
+    Tensors results;
+    results.reserve(3 * count);
+    for (Weight& weight : weights) results.push_back(weight.finish());
+    for (Weight& weight : weights) results.push_back(weight.grad_a);
+    for (Weight& weight : weights) results.push_back(weight.grad_b);
+    return results;
+  }
+};
 
 }  // namespace FUSEE_ENGINE_NAMESPACE
 }  // namespace fusee

@@ -7,8 +7,6 @@ import doctest
 import io
 import math
 import pickle
-import subprocess
-import sys
 
 import fusee
 import pytest
@@ -17,6 +15,7 @@ from fusee.losses.perp_grad import _reference
 from fusee.optim import PerpGrad, perp_grad_
 from torch import Tensor, nn
 
+from tests.harness.processes import run_in_two_processes
 from tests.harness.spec import ALL_DTYPES
 from tests.test_counters import EXCESS, SECTOR_EFFICIENCY, Counters, moved_bytes, sector_bytes
 
@@ -835,13 +834,10 @@ def test_base_must_be_an_instance() -> None:
 
 
 SHARDED = """
-import sys, torch
-import torch.distributed as dist
+import torch
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 import fusee
-rank = int(sys.argv[1])
-dist.init_process_group("gloo", init_method=f"file://{sys.argv[2]}", rank=rank, world_size=2)
 mesh = init_device_mesh("cpu", (2,))
 torch.manual_seed(0)
 w, g = torch.randn(6, 4), torch.randn(6, 4)
@@ -852,18 +848,10 @@ optimizer.step()
 fusee.optim.perp_grad_(w, g)
 torch.testing.assert_close(p.grad.full_tensor(), g)
 assert optimizer.last_degenerate == 0
-dist.destroy_process_group()
 """
 
 
 @pytest.mark.skipif(EMULATED, reason="sharded tensors do not reach the engine")
 @pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="no gloo in this torch")
 def test_sharded_parameters_are_projected_as_a_whole(tmp_path) -> None:  # type: ignore[no-untyped-def]
-    command = [sys.executable, "-c", SHARDED]
-    ranks = [
-        subprocess.Popen([*command, str(rank), str(tmp_path / "store")], stderr=subprocess.PIPE)
-        for rank in range(2)
-    ]
-    for process in ranks:
-        _, errors = process.communicate(timeout=120)
-        assert process.returncode == 0, errors.decode()[-3000:]
+    run_in_two_processes(SHARDED, tmp_path)

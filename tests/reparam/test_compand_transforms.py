@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from typing import Any
 
 import fusee
@@ -13,6 +11,7 @@ from torch import Tensor
 from torch.func import grad, hessian, jacrev, jvp, vmap
 
 from tests.harness.measure import same_bits
+from tests.harness.processes import run_in_two_processes
 from tests.reparam.curves import KINDS, oracle
 
 EMULATED = fusee.engine() == "emulated"
@@ -143,13 +142,10 @@ def test_compiled_module_with_learned_parameters() -> None:
 
 
 SHARDED = """
-import os, sys, torch
-import torch.distributed as dist
+import torch
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 import fusee
-rank = int(sys.argv[1])
-dist.init_process_group("gloo", init_method=f"file://{sys.argv[2]}", rank=rank, world_size=2)
 mesh = init_device_mesh("cpu", (2,))
 torch.manual_seed(0)
 v, g = torch.randn(6, 4), torch.randn(6, 4)
@@ -184,10 +180,6 @@ except ValueError as error:
     assert "a must have one element" in str(error)
 else:
     raise AssertionError("no error")
-dist.barrier()
-dist.destroy_process_group()
-# Threads of gloo may outlive their group, and abort a process that ends in the usual way.
-os._exit(0)
 """
 
 
@@ -195,11 +187,4 @@ os._exit(0)
 @pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="no gloo in this torch")
 def test_sharded_weights(tmp_path) -> None:  # type: ignore[no-untyped-def]
     """DTensors in two processes: results and gradients are those of whole tensors."""
-    command = [sys.executable, "-c", SHARDED]
-    ranks = [
-        subprocess.Popen([*command, str(rank), str(tmp_path / "store")], stderr=subprocess.PIPE)
-        for rank in range(2)
-    ]
-    for process in ranks:
-        _, errors = process.communicate(timeout=120)
-        assert process.returncode == 0, errors.decode()[-3000:]
+    run_in_two_processes(SHARDED, tmp_path)

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import fusee
 import pytest
 import torch
 
+from tests.harness.processes import run_in_two_processes
+
 TRAIN = """
-import os, sys, warnings
+import warnings
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
@@ -22,8 +21,6 @@ from torch.nn.utils import parametrize
 import fusee
 
 torch.set_num_threads(1)
-rank = int(sys.argv[1])
-dist.init_process_group("gloo", init_method=f"file://{sys.argv[2]}", rank=rank, world_size=2)
 mesh = init_device_mesh("cpu", (2,))
 
 
@@ -132,10 +129,6 @@ with torch.no_grad():
 half(mine)
 assert 0.0009 < seen[1][0] / seen[0][0] - 1 < 0.0011
 train(half, mine)
-dist.barrier()
-dist.destroy_process_group()
-# Threads of gloo may outlive their group, and abort a process that ends in the usual way.
-os._exit(0)
 """
 
 
@@ -143,15 +136,4 @@ os._exit(0)
 @pytest.mark.skipif(fusee.engine() == "emulated", reason="says nothing about the kernels")
 @pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="no gloo in this torch")
 def test_fully_shard(tmp_path: Path) -> None:
-    command = [sys.executable, "-W", "error::UserWarning:fusee", "-c", TRAIN]
-    ranks = [
-        subprocess.Popen([*command, str(rank), str(tmp_path / "store")], stderr=subprocess.PIPE)
-        for rank in range(2)
-    ]
-    try:
-        for process in ranks:
-            _, errors = process.communicate(timeout=120)
-            assert process.returncode == 0, errors.decode()[-4000:]
-    finally:
-        for process in ranks:
-            process.kill()
+    run_in_two_processes(TRAIN, tmp_path, "-W", "error::UserWarning:fusee")

@@ -177,8 +177,8 @@ def compand_foreach(
 ) -> tuple[Tensor, ...]:
     r"""Maps the weights of a whole model through a curve: :func:`fusee.compand` of each, in one call.
 
-    It saves what a call costs for each tensor: on CUDA all are read and written in one launch, and one
-    or two give all gradients.
+    It saves what a call costs for each tensor: on CUDA all of a dtype, up to some 400, are read and
+    written in one launch, and one or two give all their gradients.
 
     Args:
         inputs: the free weights, tensors of any shapes, strides and floating-point dtypes on one
