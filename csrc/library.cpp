@@ -54,6 +54,38 @@ STABLE_TORCH_LIBRARY(fusee, m) {
   m.def(
       "compand_foreach_backward(Tensor[] grads, Tensor[] inputs, Tensor[] a, Tensor[] b, int kind) "
       "-> Tensor[]");
+
+  // --- prox -----------------------------------------------------------------------------------
+  // The group envelope of a batch of problems, input (batch, outer, groups, inner), with k groups each;
+  // also the norms of the groups (batch, groups) and the knee of each problem.
+  m.def(
+      "group_envelope(Tensor input, Tensor? weights, Tensor k, bool debiased) "
+      "-> (Tensor value, Tensor norms, Tensor knee)");
+  m.def(
+      "group_envelope_backward(Tensor grad, Tensor input, Tensor norms, Tensor knee, Tensor? "
+      "weights, "
+      "bool debiased) -> Tensor");
+  // Its proximal operator; form is 0 the envelope, 1 debiased, 2 the projection onto k groups. roots are
+  // three numbers of each problem: theta, or the least key that is kept; the last group that is kept of
+  // those with that key; and whether it is a projection.
+  m.def(
+      "prox_group_envelope(Tensor input, Tensor? weights, Tensor? metric, Tensor k, Tensor lam, "
+      "int form) -> (Tensor output, Tensor norms, Tensor roots)");
+  m.def(
+      "prox_group_envelope_backward(Tensor grad, Tensor input, Tensor norms, Tensor roots, "
+      "Tensor? weights, Tensor? metric, Tensor k, Tensor lam, int form) "
+      "-> (Tensor grad_input, Tensor grad_k, Tensor grad_lam)");
+  // The operator in place on the tensors of many scopes, each with its k and lam; returns how many groups of
+  // each are left. layout holds five numbers of each tensor: its scope, in order; the number of its first group in
+  // the scope; and outer, groups and inner, as which its memory is read. Groups of equal number in a scope
+  // are one. weights are those of all scopes, one after another, in float64.
+  m.def(
+      "prox_group_envelope_(Tensor(a!)[] tensors, SymInt[] layout, Tensor? weights, Tensor k, "
+      "Tensor lam, int form) -> Tensor");
+  // The same in a metric of elements: positive numbers for each tensor, of its dtype or float32.
+  m.def(
+      "prox_group_envelope_metric_(Tensor(a!)[] tensors, Tensor[] metric, int[] layout, "
+      "Tensor? weights, Tensor k, Tensor lam, int form) -> Tensor");
 }
 
 // Called from Python through ctypes, before any engine is loaded.

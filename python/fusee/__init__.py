@@ -9,20 +9,36 @@ from fusee._library import LOADED as _LOADED
 from fusee.losses.linear_stablemax_cross_entropy import linear_stablemax_cross_entropy
 from fusee.losses.stablemax import log_stablemax, stablemax
 from fusee.losses.stablemax_cross_entropy import stablemax_cross_entropy
+from fusee.prox.group_envelope import group_envelope
+from fusee.prox.group_table import GroupTable
+from fusee.prox.projections import (
+    project_top_k_ball,
+    project_top_k_groups,
+    project_top_k_nonnegative,
+    project_top_k_simplex,
+)
+from fusee.prox.prox_group_envelope import prox_group_envelope
 from fusee.reparam.compand import compand
 from fusee.reparam.compand_foreach import compand_foreach
 from fusee.reparam.compand_inverse import compand_inverse
 
 __version__ = "0.1.0"
 __all__ = [
+    "GroupTable",
     "compand",
     "compand_foreach",
     "compand_inverse",
     "engine",
+    "group_envelope",
     "linear_stablemax_cross_entropy",
     "log_stablemax",
     "nn",
     "optim",
+    "project_top_k_ball",
+    "project_top_k_groups",
+    "project_top_k_nonnegative",
+    "project_top_k_simplex",
+    "prox_group_envelope",
     "stablemax",
     "stablemax_cross_entropy",
 ]

@@ -126,14 +126,20 @@ struct Team {
   }
 };
 
-// The memory of an entry's tensor, from the team's row on.
+// The memory of an entry's tensor.
 template <typename T, typename Void>
-FUSEE_DEVICE Global<T> row_of(Void* memory, const Share& share, const Team& team) {
+FUSEE_DEVICE Global<T> memory_of(Void* memory, [[maybe_unused]] int64_t count) {
   Global<T> all{static_cast<T*>(memory)};
 #if defined(FUSEE_EMULATED)
-  all.size = share.rows * share.length;
+  all.size = count;
 #endif
-  return all + team.row * share.length;
+  return all;
+}
+
+// The same from the team's row on.
+template <typename T, typename Void>
+FUSEE_DEVICE Global<T> row_of(Void* memory, const Share& share, const Team& team) {
+  return memory_of<T>(memory, share.rows * share.length) + team.row * share.length;
 }
 
 }  // namespace cuda

@@ -3,6 +3,8 @@
 from fusee.losses.linear_stablemax_cross_entropy import LinearStableMaxCrossEntropyLoss
 from fusee.losses.stablemax import LogStableMax, StableMax
 from fusee.losses.stablemax_cross_entropy import StableMaxCrossEntropyLoss
+from fusee.prox.cut import CutReport, LayerCut, cut_zero_groups
+from fusee.prox.prunable import CoupledGroups, PrunableGroups, prunable_groups
 from fusee.reparam.compand_model import compand_model, compander_param_groups, fold_companders
 from fusee.reparam.compander import Compander
 from fusee.reparam.weight_histograms import plot_weight_histograms
@@ -10,14 +12,20 @@ from fusee.reparam.weight_report import WeightReport, weight_report
 
 __all__ = [
     "Compander",
+    "CoupledGroups",
+    "CutReport",
+    "LayerCut",
     "LinearStableMaxCrossEntropyLoss",
     "LogStableMax",
+    "PrunableGroups",
     "StableMax",
     "StableMaxCrossEntropyLoss",
     "WeightReport",
     "compand_model",
     "compander_param_groups",
+    "cut_zero_groups",
     "fold_companders",
     "plot_weight_histograms",
+    "prunable_groups",
     "weight_report",
 ]
