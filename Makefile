@@ -50,7 +50,7 @@ $(BUILT_FOR_TESTS): $(SOURCES) $(EMULATOR) | $(HAS_TORCH)
 	$(INSTALL) -v ".[test]"
 	touch $(BUILT) $@
 
-demo: $(BUILT)  ## train on real digits with softmax, StableMax, the compander; prints a table, saves a picture
+demo: $(BUILT)  ## train on real digits: softmax, StableMax, the compander, few filters; prints tables, saves pictures
 	$(PY) examples/demo.py
 
 lint: $(BUILT_FOR_TESTS)  ## ruff, mypy, clang-format

@@ -1,10 +1,12 @@
-"""Trains a small classifier on handwritten digits with softmax, StableMax, and the weight compander.
+"""Trains small classifiers on digits: softmax, StableMax, the weight compander, few filters.
 
 What `make demo` runs. The digits are scikit-learn's: 1797 real images of 8 x 8 pixels, which come with
 the package. For each seed, all methods get the same split, the same initial weights and the same order
-of batches. Every number printed is computed in the run.
+of batches. Then a convolutional network is trained with all its filters, with exactly half and exactly
+a quarter of them, chosen by the group envelope, and the others are cut out. Every number printed is
+computed in the run.
 
-    python examples/demo.py                     about a minute on two cores
+    python examples/demo.py                     about a minute on a free core
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from statistics import mean, stdev
 import matplotlib
 
 matplotlib.use("Agg")
+import filters
 import fusee
 import matplotlib.pyplot as plt
 import torch
@@ -119,6 +122,17 @@ def spread(values: list[float], digits: int, scale: float = 1.0) -> str:
     return f"{scale * mean(values):.{digits}f} ± {scale * deviation:.{digits}f}"
 
 
+def aligned(rows: list[tuple[str, ...]]) -> str:
+    """A table, with a line below its head."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [
+        "  ".join(f"{cell:>{width}}" for cell, width in zip(row, widths, strict=True))
+        for row in rows
+    ]
+    lines.insert(1, "-" * len(lines[0]))
+    return "\n".join(lines)
+
+
 COLUMNS = (
     *("", "test accuracy %", "chance given to truth", "loss exactly 0, %"),
     *("weights near 0, %", "largest weight", "seconds a run"),
@@ -144,13 +158,7 @@ def table(runs: dict[str, list[Run]], splits: list[Split]) -> str:
                 spread([r.seconds for r in of_name], 2),
             )
         )
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [
-        "  ".join(f"{cell:>{width}}" for cell, width in zip(row, widths, strict=True))
-        for row in rows
-    ]
-    lines.insert(1, "-" * len(lines[0]))
-    return "\n".join(lines)
+    return aligned(rows)
 
 
 def band(axis: plt.Axes, curves: list[list[float]], label: str, color: str) -> None:
@@ -220,6 +228,74 @@ def plot(runs: dict[str, list[Run]], splits: list[Split], path: Path) -> None:
     plt.close(figure)
 
 
+# --- fewer filters --------------------------------------------------------------------------------
+
+SHARES = {"all": 1.0, "half": 1 / 2, "a quarter": 1 / 4}
+"""Of the filters of each convolution."""
+SETTING = filters.Setting(lr=0.03, decay=0.02, until=0.5, lam=10.0)
+FILTER_EPOCHS = 8
+
+
+@dataclass
+class Sparse:
+    """A network with few filters."""
+
+    run: filters.Run
+    accuracy: float
+    small: nn.Module
+    """Without the others; it gives the same outputs."""
+    report: fusee.nn.CutReport
+
+
+def train_sparse(name: str, data: Split, seed: int, advance: Callable[[], object]) -> Sparse:
+    """Trains a convolutional network with a share of its filters, and cuts the others out."""
+    x, x_test = data.x.view(-1, 1, 8, 8), data.x_test.view(-1, 1, 8, 8)
+    method = "dense" if name == "all" else "debiased"
+    run = filters.train(method, SHARES[name], SETTING, x, data.y, seed, FILTER_EPOCHS, advance)
+    if run.kept != filters.wanted(SHARES[name]):
+        raise AssertionError(f"{run.kept} filters were kept, not {filters.wanted(SHARES[name])}")
+    small, report = filters.cut(run, x_test)
+    return Sparse(run, filters.accuracy(small, x_test, data.y_test), small, report)
+
+
+def sparse_table(runs: dict[str, list[Sparse]], data: Split) -> str:
+    """One row for each share of the filters; the times are of the first seed's networks."""
+    images = data.x_test[:256].view(-1, 1, 8, 8)
+    networks = [n for of_name in runs.values() for n in (of_name[0].run.model, of_name[0].small)]
+    times = filters.milliseconds(networks, images)
+    rows = [
+        ("filters", "kept", "test accuracy %", "parameters", "multiplications", "ms, before", "cut")
+    ]
+    for i, (name, of_name) in enumerate(runs.items()):
+        report = of_name[0].report
+        rows.append(
+            (
+                name,
+                " + ".join(map(str, of_name[0].run.kept)),
+                spread([sparse.accuracy for sparse in of_name], 2),
+                f"{report.parameters[1]:,}",
+                f"{report.macs[1]:,}",
+                *(f"{time:.2f}" for time in times[2 * i : 2 * i + 2]),
+            )
+        )
+    return aligned(rows)
+
+
+def sparse_plot(runs: dict[str, Sparse], path: Path) -> None:
+    """Which filters were kept, and how the others went to zero."""
+    figure = plt.figure(figsize=(12, 3.4), layout="constrained")
+    left, right = figure.subfigures(1, 2, width_ratios=(6, 6)).flat
+    for axis, sparse in zip(left.subplots(len(runs), 1), runs.values(), strict=True):
+        filters.draw_filters(axis, sparse.run.model)
+        axis.set_title(f"{sparse.run.kept[0]} filters of the first layer", fontsize=9)
+    axes = right.subplots(1, 2, sharey=True)
+    for axis, sparse in zip(axes, list(runs.values())[1:], strict=True):
+        filters.draw_norms(axis, sparse.run, FILTER_EPOCHS)
+        axis.set_title(f"their norms, {sparse.run.kept[0]} kept", fontsize=9)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -248,7 +324,26 @@ def main() -> None:
         "\nmean ± standard deviation over the seeds; near 0: within a tenth of the"
         "\nroot mean square of the layer; all but the seconds are of the last epoch"
     )
-    print(f"picture: {options.output}")
+    print(f"picture: {options.output}\n")
+
+    sparse: dict[str, list[Sparse]] = {name: [] for name in SHARES}
+    with tqdm(total=len(SHARES) * options.seeds * FILTER_EPOCHS, unit="epoch") as bar:
+        for seed, data in enumerate(splits):
+            for name in SHARES:
+                bar.set_description(f"{name + ' filters':20} seed {seed}")
+                sparse[name].append(train_sparse(name, data, seed, bar.update))
+                bar.set_postfix(accuracy=f"{sparse[name][-1].accuracy:.2f} %")
+    picture = options.output.with_name("filters.png")
+    sparse_plot({name: of_name[0] for name, of_name in sparse.items()}, picture)
+    print(
+        f"\na convolutional network, {FILTER_EPOCHS} epochs; filters chosen by the group envelope\n"
+    )
+    print(sparse_table(sparse, splits[0]))
+    print(
+        "\nthe filters not kept are exactly zero; ms: to read 256 images, with them, and after they"
+        "\nare cut out, which leaves the outputs as they are"
+    )
+    print(f"picture: {picture}")
 
 
 if __name__ == "__main__":
