@@ -84,7 +84,7 @@ STABLE_TORCH_LIBRARY(fusee, m) {
       "Tensor lam, int form) -> Tensor");
   // The same in a metric of elements: positive numbers for each tensor, of its dtype or float32.
   m.def(
-      "prox_group_envelope_metric_(Tensor(a!)[] tensors, Tensor[] metric, int[] layout, "
+      "prox_group_envelope_metric_(Tensor(a!)[] tensors, Tensor[] metric, SymInt[] layout, "
       "Tensor? weights, Tensor k, Tensor lam, int form) -> Tensor");
 }
 

@@ -85,25 +85,7 @@ Tensor prox_group_envelope_(std::vector<Tensor> tensors, std::vector<int64_t> la
   const Scopes all(tensors, layout, weights, k, lam, form);
   Tensor counts = empty(all.k, {all.k.numel()}, ScalarType::Long);
   int64_t* const left = mutable_data<int64_t>(counts);
-  // Of large scopes all threads share the work; the small ones are shared out whole.
-  constexpr int64_t kLarge = 1 << 16;
-  std::vector<size_t> small;
-  int64_t elements = 0;
-  for (size_t number = 0; number < all.scopes.size(); ++number) {
-    const int64_t count = all.scopes[number].elements(all.tensors);
-    if (count >= kLarge) {
-      left[number] = prox_scope(all, number);
-    } else {
-      small.push_back(number);
-      elements += count;
-    }
-  }
-  const int64_t count = static_cast<int64_t>(small.size());
-  if (count != 0) {
-    parallel_for(0, count, grain(elements / count), [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) left[small[i]] = prox_scope(all, small[i]);
-    });
-  }
+  for_each_scope(all, [&](size_t number) { left[number] = prox_scope(all, number); });
   return counts;
 }
 

@@ -90,5 +90,28 @@ class Scopes {
   }
 };
 
+// Calls f with the number of every scope: all threads share the work of a large one, the small ones are shared
+// out whole.
+template <typename F>
+void for_each_scope(const Scopes& all, const F& f) {
+  constexpr int64_t kLarge = 1 << 16;
+  std::vector<size_t> small;
+  int64_t elements = 0;
+  for (size_t number = 0; number < all.scopes.size(); ++number) {
+    const int64_t count = all.scopes[number].elements(all.tensors);
+    if (count >= kLarge) {
+      f(number);
+    } else {
+      small.push_back(number);
+      elements += count;
+    }
+  }
+  const int64_t count = static_cast<int64_t>(small.size());
+  if (count == 0) return;
+  parallel_for(0, count, grain(elements / count), [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) f(small[i]);
+  });
+}
+
 }  // namespace FUSEE_ENGINE_NAMESPACE
 }  // namespace fusee

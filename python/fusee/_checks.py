@@ -52,12 +52,14 @@ def check_dim(dim: Any, ndim: int) -> int:
 
 def require_values(
     tensor: Tensor, violations: Callable[[], Tensor], raise_error: Callable[[], None]
-) -> None:
+) -> bool:
     """Enforces a condition that only the values show.
 
     Calls ``raise_error`` unless ``violations()`` is zero: in eager mode for CPU tensors, and
     everywhere under ``FUSEE_CHECK_VALUES=1`` (a RuntimeError in compiled code). Elsewhere nothing
     is read back from the device, and the operator marks what it touches with NaN.
+
+    Returns whether the values were read, and are right.
     """
     always = os.environ.get("FUSEE_CHECK_VALUES") == "1"
     if torch.compiler.is_compiling():
@@ -65,11 +67,12 @@ def require_values(
             torch._assert_async(
                 violations() == 0, "fusee: a value of an argument is out of its range"
             )
-        return
-    if not (always or tensor.device.type == "cpu"):
-        return
-    if is_readable(tensor) and violations().item() != 0:
+        return False
+    if not ((always or tensor.device.type == "cpu") and is_readable(tensor)):
+        return False
+    if violations().item() != 0:
         raise_error()
+    return True
 
 
 def autocast_enabled(tensor: Tensor) -> bool:

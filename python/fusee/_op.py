@@ -148,6 +148,18 @@ def _missing_engine(name: str, device: str) -> Callable[..., Any]:
     return kernel
 
 
+def register_in_place(
+    name: str, *, reference: Callable[..., Any], fake: Callable[..., Any]
+) -> None:
+    """Registers an operator that writes to its arguments and has no derivatives: its shapes for tracing,
+    and the same computation in plain torch operators for devices without an engine."""
+    _implementations.impl(name, reference, "CompositeExplicitAutograd")
+    for device, key in (("cpu", "CPU"), ("cuda", "CUDA")):
+        if LOADED[device].engine is None:
+            _implementations.impl(name, _missing_engine(name, device), key)
+    torch.library.register_fake(f"fusee::{name}", fake)
+
+
 def _make_function(
     name: str,
     op: Op,

@@ -224,3 +224,9 @@ def slow_operator(
             )
         )
     return counts
+
+
+def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> None:
+    for step in steps:
+        backward(model, step)
+        optimizer.step()

@@ -192,6 +192,8 @@ RECORDS = [
         cuda_kernels=(
             CudaKernel("squares_kernel", stores=False),
             CudaKernel("scale_tensors_kernel"),
+            CudaKernel("metric_sums_kernel", stores=False),
+            CudaKernel("metric_scale_kernel"),
         ),
         not_applicable=_NOT_APPLICABLE,
     )

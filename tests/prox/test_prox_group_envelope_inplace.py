@@ -10,7 +10,8 @@ import pytest
 import torch
 from fusee import GroupTable
 from fusee.optim import prox_group_envelope_
-from fusee.prox.prox_group_envelope_inplace import ScopePlan
+from fusee.prox.prox_group_envelope_inplace import _reference
+from fusee.prox.scope_plan import ScopePlan
 from fusee.prox.scopes import Scope
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
@@ -225,8 +226,6 @@ def test_reference_agrees(layers: list[Tensor]) -> None:
     plan = ScopePlan([Scope((x,)) for x in layers])
     reference = ScopePlan([Scope((x,)) for x in copies])
     k, lam = torch.full((5,), 2.5, dtype=DOUBLE), torch.full((5,), 0.3, dtype=DOUBLE)
-    from fusee.prox.prox_group_envelope_inplace import _reference
-
     left = plan.prox_(k, lam)
     assert _reference(copies, reference._layout, None, k, lam, 0).tolist() == left.tolist()
     for x, y in zip(layers, copies, strict=True):

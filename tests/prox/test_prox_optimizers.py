@@ -1,26 +1,23 @@
-"""ProxSGD and ProxAdamW as optimisers of torch: options, hooks, states, copies, fixed support."""
+"""ProxSGD and ProxAdamW as optimisers of torch: options, hooks, closures, schedules, bad input."""
 
 from __future__ import annotations
 
 import copy
 import doctest
-import io
 import math
-import pickle
 from typing import Any
 
 import fusee
 import pytest
 import torch
 from fusee.optim import ProxAdamW, ProxSGD
-from fusee.prox.prox_group_envelope_inplace import ScopePlan
 from fusee.prox.prox_host import ProxHost
 from fusee.prox.prox_optimizers import without_hooks
+from fusee.prox.scope_plan import ScopePlan
 from torch import Tensor, nn
 
 from tests.prox.hosts import (
     DOUBLE,
-    WAYS,
     backward,
     error,
     joined_ids,
@@ -201,132 +198,6 @@ def test_grad_scaler(kind: type[ProxHost], fused: bool) -> None:
     assert error(model, twin) < 1e-6
 
 
-def train(model: nn.Module, optimizer: ProxHost, steps: range) -> None:
-    for step in steps:
-        backward(model, step)
-        optimizer.step()
-
-
-@pytest.mark.parametrize("kind", [ProxSGD, ProxAdamW])
-@pytest.mark.parametrize("way", ["tensors", "table", "together"])
-@pytest.mark.parametrize("fixed", [False, True])
-def test_resumes_exactly(kind: type[ProxHost], way: str, fixed: bool) -> None:
-    def optimizer_of(model: nn.Sequential) -> ProxHost:
-        options: Any = {"momentum": 0.9} if kind is ProxSGD else {"amsgrad": True}
-        return kind(param_groups(model, way), lr=0.05, **options)
-
-    model = network()
-    optimizer = optimizer_of(model)
-    train(model, optimizer, range(3))
-    if fixed:
-        optimizer.fix_support()
-        train(model, optimizer, range(1))
-    optimizer.param_groups[0]["debiased"] = True
-    buffer = io.BytesIO()
-    torch.save((model.state_dict(), optimizer.state_dict()), buffer)
-    train(model, optimizer, range(3, 6))
-    buffer.seek(0)
-    weights, state = torch.load(buffer, weights_only=True)
-    other = network(1)
-    resumed = optimizer_of(other)
-    other.load_state_dict(weights)
-    resumed.load_state_dict(state)
-    train(other, resumed, range(3, 6))
-    assert same(model, other)
-    assert optimizer.report() == resumed.report()
-    assert str(optimizer.state_dict()) == str(resumed.state_dict())
-
-
-def test_state_of_a_plain_optimizer() -> None:
-    model, twin = network(), network()
-    plain = torch.optim.SGD([model[0].weight], lr=0.3, momentum=0.9)
-    backward(model, 0)
-    plain.step()
-    optimizer = ProxSGD([twin[0].weight], lr=0.1, k=2, lam=0.5, dim=1)
-    optimizer.load_state_dict(plain.state_dict())
-    group = optimizer.param_groups[0]
-    assert (group["lr"], group["momentum"], group["k"], group["dim"]) == (0.3, 0.9, 2, 1)
-    assert torch.equal(
-        optimizer.state[twin[0].weight]["momentum_buffer"],
-        plain.state[model[0].weight]["momentum_buffer"],
-    )
-    torch.optim.SGD([model[0].weight]).load_state_dict(optimizer.state_dict())
-
-
-@pytest.mark.parametrize("how", ["pickle", "deepcopy"])
-@pytest.mark.parametrize("way", ["table", "weights", "tensors"])
-def test_copies(how: str, way: str) -> None:
-    model = network()
-    optimizer = ProxSGD(param_groups(model, way), lr=0.1, momentum=0.9)
-    torch.optim.lr_scheduler.StepLR(optimizer, 1)  # puts a function into the instance
-    train(model, optimizer, range(2))
-    pair = (model, optimizer)
-    twin, other = copy.deepcopy(pair) if how == "deepcopy" else pickle.loads(pickle.dumps(pair))
-    train(model, optimizer, range(2, 4))
-    train(twin, other, range(2, 4))
-    assert same(model, twin)
-    other.add_param_group({"params": [nn.Parameter(torch.ones(2, 2))], "k": 1, "lam": 1.0})
-    assert other.report()[-1].groups == 2
-
-
-def test_added_groups() -> None:
-    model = network()
-    optimizer = ProxSGD([model[0].weight], lr=0.1, k=2, lam=50.0, debiased=True)
-    train(model, optimizer, range(1))
-    optimizer.add_param_group({"params": [model[2].weight], "density": 0.25})
-    train(model, optimizer, range(1))
-    assert [int(c) for c in optimizer.kept] == [2, 1]
-    with pytest.raises(ValueError, match="lam must not be negative"):
-        optimizer.add_param_group({"params": [model[2].bias], "lam": -1.0})
-    assert len(optimizer.param_groups) == 2
-    train(model, optimizer, range(1))
-    optimizer.param_groups[1]["params"].append(model[2].bias)
-    train(model, optimizer, range(1))
-    assert [int(c) for c in optimizer.kept] == [2, 1, 1]
-
-
-@pytest.mark.parametrize("way", ["debiased", "columns", "table", "weights", "together"])
-@pytest.mark.parametrize("kind", [ProxSGD, ProxAdamW])
-def test_fixed_support(kind: type[ProxHost], way: str) -> None:
-    model = network()
-    options: Any = {"momentum": 0.9} if kind is ProxSGD else {}
-    optimizer = kind(param_groups(model, way), lr=0.05, **options)
-    optimizer.param_groups[0]["lam"] = 1e-3
-    train(model, optimizer, range(3))
-    wanted = network()
-    wanted.load_state_dict(model.state_dict())
-    weights = WAYS[way].get("weights")
-    tensors = [wanted[0].weight, wanted[2].weight]
-    dim = WAYS[way].get("dim", 0)
-    if way in ("table", "weights"):
-        scopes: Any = [(tensors, list(table_of(wanted).ids))]
-    elif way == "together":
-        scopes = [(tensors, joined_ids(tensors, dim))]
-    else:
-        scopes = [([t], joined_ids([t], dim)) for t in tensors]
-    for of_scope, ids in scopes:
-        slow_prox_(of_scope, ids, WAYS[way]["k"], 1e6, weights=weights, debiased=True)
-    optimizer.fix_support()
-    assert error(model, wanted) == 0 if way != "weights" else True
-    dead = [w == 0 for w in (model[0].weight, model[2].weight)]
-    assert all(d.any() for d in dead)
-    before = copy.deepcopy(model)
-    assert [row.factor for row in optimizer.report()] == [0.0] * len(scopes)
-    train(model, optimizer, range(3, 8))
-    for weight, zero in zip((model[0].weight, model[2].weight), dead, strict=True):
-        assert torch.equal(weight == 0, zero)
-        for name, value in optimizer.state[weight].items():
-            if name != "step":
-                assert not value[zero].any() and value[~zero].all()
-    assert not same(model, before)
-    assert all(row.kept == row.requested for row in optimizer.report() if way != "weights")
-    optimizer.param_groups[0]["support"] = None
-    optimizer.param_groups[0]["lam"] = 0.0
-    train(model, optimizer, range(8, 9))
-    for weight in (model[0].weight, model[2].weight):
-        assert weight[weight.grad != 0].all()
-
-
 def test_reports_do_not_disturb_a_backward_pass() -> None:
     model = network()
     optimizer = ProxSGD([model[0].weight], lr=0.1, k=2, lam=50.0, debiased=True)
@@ -337,37 +208,6 @@ def test_reports_do_not_disturb_a_backward_pass() -> None:
     assert optimizer.report()[0].kept == 2
 
 
-@pytest.mark.parametrize("kind", [ProxSGD, ProxAdamW])
-def test_parameter_groups_may_be_used_again(kind: type[ProxHost]) -> None:
-    model = network()
-    groups = param_groups(model, "table")
-    before = [dict(group) for group in groups]
-    rows = [kind(groups, lr=0.1).report() for _ in range(2)]
-    assert rows[0] == rows[1]
-    assert [row.groups for row in rows[0]] == [6]
-    assert groups == before
-
-
-def test_groups_of_another_optimizer_lack_their_table() -> None:
-    model = network()
-    old = ProxSGD(param_groups(model, "table"), lr=0.1)
-    with pytest.raises(ValueError, match="groups must be given again"):
-        ProxSGD(old.param_groups, lr=0.1)
-    again = [{**old.param_groups[0], "groups": table_of(model)}, old.param_groups[1]]
-    assert ProxSGD(again, lr=0.1).report() == old.report()
-    tableless = [{**g, "scope": "tensor", "k": None} for g in old.param_groups]
-    other = ProxSGD(tableless, lr=0.1)
-    other.load_state_dict(old.state_dict())
-    with pytest.raises(ValueError, match="groups must be given again"):
-        other.step()
-
-
-def test_groups_of_another_optimizer_keep_their_weights() -> None:
-    weight = nn.Parameter(torch.ones(3, 2))
-    old = ProxSGD([weight], lr=0.1, k=2, lam=1.0, weights=torch.tensor([1.0, 0.0, 1.0]))
-    assert ProxSGD(old.param_groups).report()[0].kept == old.report()[0].kept == 2
-
-
 def test_weights_may_change() -> None:
     weight = nn.Parameter(torch.ones(3, 2))
     optimizer = ProxSGD([weight], lr=0.1, k=2, lam=1.0, weights=torch.ones(3))
@@ -376,53 +216,6 @@ def test_weights_may_change() -> None:
     assert optimizer.report()[0].kept == 2
     optimizer.param_groups[0]["weights"] = torch.tensor([0.0, 0.0, 1.0])
     assert optimizer.report()[0].kept == 1
-
-
-def test_fixing_the_support_leaves_frozen_scopes_alone() -> None:
-    model = network()
-    weights = [model[0].weight, model[2].weight]
-    optimizer = ProxSGD(weights, lr=0.1, k=2, lam=0.1)
-    train(model, optimizer, range(2))
-    model[2].weight.requires_grad_(False)
-    before = model[2].weight.clone()
-    optimizer.fix_support()
-    assert [row.kept for row in optimizer.report()] == [2, 4]
-    train(model, optimizer, range(2, 4))
-    assert torch.equal(model[2].weight, before)
-
-
-def test_masks_of_the_support_may_change() -> None:
-    model = network()
-    weight = model[0].weight
-    optimizer = ProxSGD([weight], lr=0.1, k=4, lam=0.1)
-    optimizer.fix_support()
-    mask = torch.tensor([True, False, False, False, False, False])
-    optimizer.param_groups[0]["support"][0] = mask
-    train(model, optimizer, range(1))
-    assert not weight[1:].any() and weight[0].all()
-    mask[:] = torch.tensor([False, True, False, False, False, False])
-    train(model, optimizer, range(1, 2))
-    assert not weight[0].any()
-
-
-def test_a_support_that_does_not_fit() -> None:
-    model = network()
-    optimizer = ProxSGD([model[0].weight, model[2].weight], lr=0.1, k=2, lam=0.1)
-    other = network()
-    narrow = ProxSGD([other[0].weight[:4].detach(), other[2].weight], lr=0.1, k=2, lam=0.1)
-    narrow.fix_support()
-    optimizer.load_state_dict(narrow.state_dict())
-    backward(model, 0)
-    with pytest.raises(ValueError, match=r"support\[0\] must be .* shape \(6,\), got .* \(4,\)"):
-        optimizer.step()
-    optimizer.param_groups[0]["support"] = [torch.ones(6, dtype=torch.bool)]
-    with pytest.raises(
-        ValueError, match="support must have a mask for each of the 2 scopes, got 1"
-    ):
-        optimizer.step()
-    optimizer.param_groups[0]["support"] = [torch.ones(6), torch.ones(4)]
-    with pytest.raises(ValueError, match=r"support\[0\] must be of dtype torch.bool"):
-        optimizer.step()
 
 
 @pytest.mark.filterwarnings("ignore:optimizer contains a parameter group with duplicate")
@@ -450,18 +243,6 @@ def test_parameters_that_are_there_twice() -> None:
     late.param_groups[1]["k"] = 1
     with pytest.raises(ValueError, match="params must not share memory"):
         late.step()
-
-
-def test_added_groups_take_the_table_of_the_constructor() -> None:
-    model, twin = network(), network(1)
-    weights = [model[0].weight, model[2].weight]
-    optimizer = ProxSGD(weights, lr=0.1, k=2, lam=1.0, groups=table_of(model))
-    with pytest.raises(ValueError, match=r"params must have the shapes .* of groups"):
-        optimizer.add_param_group({"params": [model[0].bias]})
-    optimizer.add_param_group({"params": [twin[0].weight, twin[2].weight]})
-    optimizer.add_param_group({"params": [twin[0].bias], "groups": None})
-    assert [row.groups for row in optimizer.report()] == [6, 6, 6]
-    assert [len(row.params) for row in optimizer.report()] == [2, 2, 1]
 
 
 BAD: list[tuple[dict[str, Any], type[Exception], str]] = [

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -12,8 +11,8 @@ from torch.autograd.graph import increment_version
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from fusee._checks import FLOATING_DTYPES, check_floating, check_same_device, check_tensor
-from fusee._library import LOADED
-from fusee._op import _missing_engine
+from fusee._op import register_in_place
+from fusee._wrapper import OptimizerWrapper
 
 TAU = 1e-10
 """The default square of the sine between g and w below which what is left of g counts as noise."""
@@ -79,13 +78,7 @@ def _fake(
     return grads[0].new_empty((units,), dtype=torch.bool)
 
 
-# Op of fusee._op is for functions with derivatives; this operator writes to its arguments and has none.
-_library = torch.library.Library("fusee", "IMPL")
-_library.impl("perp_grad_", _reference, "CompositeExplicitAutograd")
-for _device, _key in (("cpu", "CPU"), ("cuda", "CUDA")):
-    if LOADED[_device].engine is None:
-        _library.impl("perp_grad_", _missing_engine("perp_grad_", _device), _key)
-torch.library.register_fake("fusee::perp_grad_", _fake)
+register_in_place("perp_grad_", reference=_reference, fake=_fake)
 
 
 def _real(tensors: list[Tensor]) -> list[Tensor]:
@@ -245,7 +238,7 @@ def _whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
-class PerpGrad(torch.optim.Optimizer):
+class PerpGrad(OptimizerWrapper):
     r"""Wraps an optimizer so that it sees gradients without their component along the weights.
 
     Before each step of the base optimizer, every gradient goes through :func:`fusee.optim.perp_grad_`:
@@ -304,9 +297,7 @@ class PerpGrad(torch.optim.Optimizer):
         0
     """
 
-    # GradScaler hands optimizers that say True here its scale instead of unscaling; the base would not
-    # see it.
-    _step_supports_amp_scaling = False
+    _own = ("rescale", "per", "project", "params", "skip_single", "tau")
 
     def __init__(
         self,
@@ -319,72 +310,20 @@ class PerpGrad(torch.optim.Optimizer):
         skip_single: bool = True,
         tau: float = TAU,
     ) -> None:
-        if not isinstance(base_optimizer, torch.optim.Optimizer):
-            raise TypeError(
-                "base_optimizer must be an instance of torch.optim.Optimizer, got "
-                f"{base_optimizer if isinstance(base_optimizer, type) else type(base_optimizer)}"
-            )
+        super().__init__(base_optimizer)
         _check_options(per, tau)
         if project not in ("grad", "update"):
             raise ValueError(f"project must be 'grad' or 'update', got {project!r}")
-        self.base_optimizer = base_optimizer
         self.rescale = rescale
         self.per = per
         self.project = project
         self.params = params
         self.skip_single = skip_single
         self.tau = tau
-        self._prepare()
 
     def _prepare(self) -> None:
-        # Optimizer.__init__ would make groups and a state of its own. Hooks on steps are the wrapper's,
-        # those on state dicts are found in the base, which makes them.
-        self._optimizer_step_pre_hooks = OrderedDict()
-        self._optimizer_step_post_hooks = OrderedDict()
-        self._patch_step_function()
+        super()._prepare()
         self._degenerate: list[Tensor] = []
-
-    @property
-    def param_groups(self) -> list[dict[str, Any]]:
-        """The base optimizer's groups."""
-        return self.base_optimizer.param_groups
-
-    @param_groups.setter
-    def param_groups(self, groups: list[dict[str, Any]]) -> None:
-        self.base_optimizer.param_groups = groups
-
-    @property
-    def state(self) -> Any:
-        """The base optimizer's state."""
-        return self.base_optimizer.state
-
-    @state.setter
-    def state(self, state: Any) -> None:
-        self.base_optimizer.state = state
-
-    @property
-    def defaults(self) -> dict[str, Any]:
-        """The base optimizer's defaults."""
-        return self.base_optimizer.defaults
-
-    @defaults.setter
-    def defaults(self, defaults: dict[str, Any]) -> None:
-        self.base_optimizer.defaults = defaults
-
-    def __getattr__(self, name: str) -> Any:
-        # Called for what the wrapper has not; it has nothing while it is being unpickled.
-        if name == "base_optimizer" or name.startswith("__"):
-            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
-        return getattr(self.base_optimizer, name)
-
-    def __getstate__(self) -> dict[str, Any]:
-        # Not the hooks, nor the `step` that a scheduler may have put into the instance.
-        names = ("base_optimizer", "rescale", "per", "project", "params", "skip_single", "tau")
-        return {name: getattr(self, name) for name in names}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._prepare()
 
     def __repr__(self) -> str:
         options = f"rescale={self.rescale}, per={self.per!r}, project={self.project!r}"
@@ -402,10 +341,6 @@ class PerpGrad(torch.optim.Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group to the base optimizer; ``"perp_grad": False`` in it switches projection off."""
         self.base_optimizer.add_param_group(param_group)
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """The base optimizer's ``zero_grad``."""
-        self.base_optimizer.zero_grad(set_to_none)
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Projects, and takes a step of the base optimizer; returns what that returns."""

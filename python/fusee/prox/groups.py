@@ -142,7 +142,8 @@ def marked(name: str, value: Tensor, valid: Tensor, wanted: str) -> Tensor:
     def raise_error() -> None:
         raise ValueError(f"{name} must be {wanted}, got {value[~valid][0].item()}")
 
-    require_values(value, lambda: (~valid).sum(), raise_error)
+    if require_values(value, lambda: (~valid).sum(), raise_error):
+        return value
     return value + torch.where(valid, 0.0, math.nan)  # which keeps the gradient NaN too
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fusee._wrapper import OptimizerWrapper
 from fusee.prox.group_table import GroupTable
 from fusee.prox.groups import Dims, Weights
 from fusee.prox.prox_host import Hosted, HostPlan, ProxHost
@@ -16,7 +16,7 @@ from fusee.prox.prox_options import OPTIONS, Number, has_operator, own_options_f
 from fusee.prox.sharded import local_tensor
 
 
-class LatentProx(ProxHost):
+class LatentProx(OptimizerWrapper, ProxHost):
     r"""Wraps an optimiser so that it steps dense latent weights, of which the model has the proximal
     point.
 
@@ -91,9 +91,7 @@ class LatentProx(ProxHost):
         tensor(True)
     """
 
-    # GradScaler hands optimizers that say True here its scale instead of unscaling; the base would not
-    # see it.
-    _step_supports_amp_scaling = False
+    _own = ("latents", "_options", "_tables")
 
     def __init__(
         self,
@@ -109,77 +107,22 @@ class LatentProx(ProxHost):
         weights: Weights = None,
         debiased: bool = False,
     ) -> None:
-        if not isinstance(base_optimizer, torch.optim.Optimizer):
-            raise TypeError(
-                "base_optimizer must be an instance of torch.optim.Optimizer, got "
-                f"{base_optimizer if isinstance(base_optimizer, type) else type(base_optimizer)}"
-            )
         if isinstance(base_optimizer, ProxHost):
             raise TypeError(
                 "base_optimizer must be an optimiser without the operator, got a "
                 f"{type(base_optimizer).__name__}"
             )
         given = locals()
-        self.base_optimizer = base_optimizer
+        super().__init__(base_optimizer)
         self.latents: dict[Tensor, Tensor] = {}
         self._options = {name: given[name] for name in (*OPTIONS, "groups") if name in given}
         self._tables = []
-        self._prepare()
         self._adopt()
-
-    def _prepare(self) -> None:
-        # Optimizer.__init__ would make groups and a state of its own. Hooks on steps are the wrapper's,
-        # those on state dicts are found in the base, which makes them.
-        self._optimizer_step_pre_hooks = OrderedDict()
-        self._optimizer_step_post_hooks = OrderedDict()
-        self._patch_step_function()
 
     def _with_options(self, group: dict[str, Any]) -> dict[str, Any]:
         own = dict(group)
         own_options_first(own)
         return super()._with_options({**self._options, "gamma": 0.0, **own})
-
-    @property
-    def param_groups(self) -> list[dict[str, Any]]:
-        """The base optimiser's groups."""
-        return self.base_optimizer.param_groups
-
-    @param_groups.setter
-    def param_groups(self, groups: list[dict[str, Any]]) -> None:
-        self.base_optimizer.param_groups = groups
-
-    @property
-    def state(self) -> Any:
-        """The base optimiser's state."""
-        return self.base_optimizer.state
-
-    @state.setter
-    def state(self, state: Any) -> None:
-        self.base_optimizer.state = state
-
-    @property
-    def defaults(self) -> dict[str, Any]:
-        """The base optimiser's defaults."""
-        return self.base_optimizer.defaults
-
-    @defaults.setter
-    def defaults(self, defaults: dict[str, Any]) -> None:
-        self.base_optimizer.defaults = defaults
-
-    def __getattr__(self, name: str) -> Any:
-        # Called for what the wrapper has not; it has nothing while it is being unpickled.
-        if name == "base_optimizer" or name.startswith("__"):
-            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
-        return getattr(self.base_optimizer, name)
-
-    def __getstate__(self) -> dict[str, Any]:
-        # Not the hooks, nor the `step` that a scheduler may have put into the instance.
-        names = ("base_optimizer", "latents", "_options", "_tables")
-        return {name: getattr(self, name) for name in names}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._prepare()
 
     def __repr__(self) -> str:
         base = repr(self.base_optimizer).replace("\n", "\n  ")
@@ -223,10 +166,6 @@ class LatentProx(ProxHost):
         """Adds a group, which may have options of its own, to the base optimiser."""
         self.base_optimizer.add_param_group(param_group)
         self._adopt_added()
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """The base optimiser's ``zero_grad``."""
-        self.base_optimizer.zero_grad(set_to_none)
 
     def _scale_of_lam(self, group: dict[str, Any]) -> Number:
         gamma: Number = group["gamma"]

@@ -303,8 +303,8 @@ def prox_group_envelope(
     Differentiable in ``input``, ``k`` and ``lam``, to any order (to the third in a metric of elements)
     and in forward mode, in closed form: on the partition of the groups, which is constant almost
     everywhere. A projection passes the gradient of the groups that it keeps. ``vmap`` makes one call of
-    a batch of problems, each with its ``k`` and ``lam``. A DTensor keeps its placements; of it one
-    number for each group travels, and ``metric`` must be one for each group.
+    a batch of problems, each with its ``k`` and ``lam``, all with the same ``weights``. A DTensor keeps
+    its placements; of it one number for each group travels, and ``metric`` must be one for each group.
 
     Deterministic: the same bits on the same engine, whatever the number of threads; with a table in
     compiled code on CUDA only under ``torch.use_deterministic_algorithms``. Nothing is read back from

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from fusee.prox.group_table import GroupTable
 from fusee.prox.groups import check_dims, fold_groups
-from fusee.prox.prox_group_envelope_inplace import ScopePlan, scope_norms
 from fusee.prox.prox_options import (
     OF_TABLE,
     OPTIONS,
@@ -25,6 +24,7 @@ from fusee.prox.prox_options import (
     requested_groups,
     scopes_of_group,
 )
+from fusee.prox.scope_plan import ScopePlan, scope_norms
 from fusee.prox.scopes import Scope, groups_of_dims, scope_groups, scope_weights
 from fusee.prox.sharded import is_sharded, local_part, local_tensor
 

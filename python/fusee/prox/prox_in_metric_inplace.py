@@ -10,8 +10,7 @@ from torch.autograd import forward_ad
 from torch.autograd.graph import increment_version
 
 from fusee._checks import accumulate_dtype
-from fusee._library import LOADED
-from fusee._op import _missing_engine, is_readable
+from fusee._op import is_readable, register_in_place
 from fusee.prox.groups import marked, wanted_in
 from fusee.prox.metric import prox_in_metric
 from fusee.prox.scopes import as_placed, placed
@@ -78,14 +77,7 @@ def _fake(
     return k.new_empty(k.shape, dtype=torch.int64)
 
 
-# As with prox_group_envelope_: it writes to its arguments and has no derivatives.
-_NAME = "prox_group_envelope_metric_"
-_library = torch.library.Library("fusee", "IMPL")
-_library.impl(_NAME, _reference, "CompositeExplicitAutograd")
-for _device, _key in (("cpu", "CPU"), ("cuda", "CUDA")):
-    if LOADED[_device].engine is None:
-        _library.impl(_NAME, _missing_engine(_NAME, _device), _key)
-torch.library.register_fake(f"fusee::{_NAME}", _fake)
+register_in_place("prox_group_envelope_metric_", reference=_reference, fake=_fake)
 
 
 def prox_in_metric_(

@@ -108,7 +108,7 @@ FUSEE_DEVICE void sum_entry(const MetricEntry& entry, int block, const MetricSta
 
 template <Pass kPass, int kCapacity>
 __global__ void __launch_bounds__(kTableThreads, 2)
-    sum_kernel(const __grid_constant__ Table<MetricEntry, kCapacity> table,
+    metric_sums_kernel(const __grid_constant__ Table<MetricEntry, kCapacity> table,
                const MetricState state) {
   FUSEE_SHARED(double, scratch, 32);
   const int block = static_cast<int>(blockIdx.x);
@@ -128,7 +128,7 @@ enum class Step : int32_t { kScales, kMeasure, kStart, kStep };
 
 template <int kCapacity>
 __global__ void __launch_bounds__(kScopeThreads, 1)
-    scope_kernel(const __grid_constant__ Table<MetricEntry, kCapacity> table,
+    metric_step_kernel(const __grid_constant__ Table<MetricEntry, kCapacity> table,
                  const MetricState state, int64_t first_scope, Step step) {
   FUSEE_SHARED(double, scratch, 32);
   const int64_t scope = first_scope + blockIdx.x;
@@ -201,7 +201,7 @@ FUSEE_DEVICE void scale_entry(const MetricEntry& entry, int block, const MetricS
 
 template <int kCapacity>
 __global__ void __launch_bounds__(kTableThreads, 2)
-    scale_kernel(const __grid_constant__ Table<MetricEntry, kCapacity> table,
+    metric_scale_kernel(const __grid_constant__ Table<MetricEntry, kCapacity> table,
                  const MetricState state) {
   const int block = static_cast<int>(blockIdx.x);
   const MetricEntry& entry = table.entries[table.find(block)];
@@ -225,10 +225,10 @@ void run(const std::vector<MetricEntry>& entries, const MetricState& state, int6
   table.blocks = static_cast<int32_t>(blocks);
   auto pass = [&]<Pass kPass>(std::integral_constant<Pass, kPass>) {
     if (table.blocks != 0)
-      launch(&sum_kernel<kPass, kCapacity>, table.blocks, kTableThreads, 0, stream, table, state);
+      launch(&metric_sums_kernel<kPass, kCapacity>, table.blocks, kTableThreads, 0, stream, table, state);
   };
   auto step = [&](Step which) {
-    launch(&scope_kernel<kCapacity>, scopes, kScopeThreads, 0, stream, table, state, first_scope,
+    launch(&metric_step_kernel<kCapacity>, scopes, kScopeThreads, 0, stream, table, state, first_scope,
            which);
   };
   if (wide) {
@@ -242,7 +242,7 @@ void run(const std::vector<MetricEntry>& entries, const MetricState& state, int6
     pass(std::integral_constant<Pass, Pass::kCurve>{});
     step(i == 0 ? Step::kStart : Step::kStep);
   }
-  launch(&scale_kernel<kCapacity>, table.blocks, kTableThreads, 0, stream, table, state);
+  launch(&metric_scale_kernel<kCapacity>, table.blocks, kTableThreads, 0, stream, table, state);
 }
 
 std::vector<MetricEntry> entries_of(const MetricScopes& all, size_t number, int64_t* parts) {
