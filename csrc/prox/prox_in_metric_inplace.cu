@@ -109,7 +109,7 @@ FUSEE_DEVICE void sum_entry(const MetricEntry& entry, int block, const MetricSta
 template <Pass kPass, int kCapacity>
 __global__ void __launch_bounds__(kTableThreads, 2)
     metric_sums_kernel(const __grid_constant__ Table<MetricEntry, kCapacity> table,
-               const MetricState state) {
+                       const MetricState state) {
   FUSEE_SHARED(double, scratch, 32);
   const int block = static_cast<int>(blockIdx.x);
   const MetricEntry& entry = table.entries[table.find(block)];
@@ -129,7 +129,7 @@ enum class Step : int32_t { kScales, kMeasure, kStart, kStep };
 template <int kCapacity>
 __global__ void __launch_bounds__(kScopeThreads, 1)
     metric_step_kernel(const __grid_constant__ Table<MetricEntry, kCapacity> table,
-                 const MetricState state, int64_t first_scope, Step step) {
+                       const MetricState state, int64_t first_scope, Step step) {
   FUSEE_SHARED(double, scratch, 32);
   const int64_t scope = first_scope + blockIdx.x;
   const ScopeStep<kCapacity> work(table, state, scratch, scope);
@@ -202,7 +202,7 @@ FUSEE_DEVICE void scale_entry(const MetricEntry& entry, int block, const MetricS
 template <int kCapacity>
 __global__ void __launch_bounds__(kTableThreads, 2)
     metric_scale_kernel(const __grid_constant__ Table<MetricEntry, kCapacity> table,
-                 const MetricState state) {
+                        const MetricState state) {
   const int block = static_cast<int>(blockIdx.x);
   const MetricEntry& entry = table.entries[table.find(block)];
   by_types(entry, [&]<typename T, typename U>(T, U) { scale_entry<T, U>(entry, block, state); });
@@ -225,11 +225,12 @@ void run(const std::vector<MetricEntry>& entries, const MetricState& state, int6
   table.blocks = static_cast<int32_t>(blocks);
   auto pass = [&]<Pass kPass>(std::integral_constant<Pass, kPass>) {
     if (table.blocks != 0)
-      launch(&metric_sums_kernel<kPass, kCapacity>, table.blocks, kTableThreads, 0, stream, table, state);
+      launch(&metric_sums_kernel<kPass, kCapacity>, table.blocks, kTableThreads, 0, stream, table,
+             state);
   };
   auto step = [&](Step which) {
-    launch(&metric_step_kernel<kCapacity>, scopes, kScopeThreads, 0, stream, table, state, first_scope,
-           which);
+    launch(&metric_step_kernel<kCapacity>, scopes, kScopeThreads, 0, stream, table, state,
+           first_scope, which);
   };
   if (wide) {
     pass(std::integral_constant<Pass, Pass::kSize>{});
