@@ -207,8 +207,8 @@ def group_envelope(
     not zero, the gradient in ``input`` is that of the ridge; zero groups have the gradient zero; that in
     ``k`` is :math:`-\tau^2 / 2`. Deterministic: the same bits on the same engine, whatever the number of
     threads; with a table in compiled code on CUDA only under ``torch.use_deterministic_algorithms``.
-    ``vmap`` makes one call of a batch of problems, each with its ``k``, all with the same ``weights``. Of
-    a DTensor one number for each group travels, and the result is a plain tensor, the same in every
+    ``vmap`` makes one call of a batch of problems, each with its ``k``, all with the same ``weights``.
+    Of a DTensor one number for each group travels, and the result is a plain tensor, the same in every
     process.
 
     Source: the sparse envelope of Beck and Refael, "Sparse Regularization via Bidualization", for groups
