@@ -85,8 +85,9 @@ def device(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(autouse=True)
 def _clean() -> Any:
-    """Compiled functions and settings of one test do not reach the next."""
+    """Compiled functions, settings and random numbers of one test do not reach the next."""
     threads = torch.get_num_threads()
+    torch.manual_seed(0)
     yield
     torch.set_num_threads(threads)
     torch._dynamo.reset()

@@ -145,8 +145,7 @@ inline Tensor in_order_of(const Tensor& like, const Tensor& tensor) {
 inline void matmul_out(const Tensor& a, const Tensor& b, const Tensor& out) {
   using torch::stable::detail::from;
   std::array<StableIValue, 3> stack{from(a), from(b), from(out)};
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
   static_cast<void>(torch::stable::detail::to<Tensor>(stack[0]));
 }
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -78,7 +78,15 @@ def require_values(
 def autocast_enabled(tensor: Tensor) -> bool:
     """Whether autocast is on for the tensor's device; there are devices that know none."""
     device = tensor.device.type
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    known = device in ("cpu", "cuda") or torch.amp.is_autocast_available(device)
+    return known and torch.is_autocast_enabled(device)
+
+
+def has_twice(tensors: Sequence[Tensor]) -> bool:
+    """Whether the same tensor is among ``tensors`` twice."""
+    if torch.compiler.is_compiling():  # torch before 2.13 traces no id()
+        return any(a is b for i, a in enumerate(tensors) for b in tensors[:i])
+    return len({id(tensor) for tensor in tensors}) != len(tensors)
 
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:

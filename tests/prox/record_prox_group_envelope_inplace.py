@@ -123,7 +123,7 @@ def _error_inputs(make: Maker) -> Iterator[ErrorInput]:
     message = r"metric\[0\] must have the shape of tensors\[0\]"
     yield error("shape of metric", ValueError, message, metric=ones[:, :1])
     for bad in (0.0, math.nan, math.inf):
-        wrong = {**given, "metric": ones.clone().index_fill_(0, torch.tensor([1]), bad)}
+        wrong = {**given, "metric": ones.clone().index_fill_(0, make.tensor([1], torch.int64), bad)}
         message = r"metric\[0\] must be positive and finite, got"
         yield ErrorInput(f"metric of {bad}", wrong, ValueError, message, values=True)
     yield error("k nan", ValueError, "k must not be NaN", k=math.nan)

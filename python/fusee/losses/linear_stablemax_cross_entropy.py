@@ -294,7 +294,7 @@ def linear_stablemax_cross_entropy(
 
     Differentiable to any order and in forward mode, in ``input``, ``linear_weight`` and
     ``linear_bias``. Under autocast the layer runs in the autocast dtype, as ``F.linear`` does.
-    Deterministic as far as torch's matrix product is, which was found the same for any number of
+    Deterministic as far as torch's matrix product is, whose rounding may depend on the number of
     threads.
 
     Source: Prieto et al., "Grokking at the Edge of Numerical Stability", arXiv:2501.04697; the interface

@@ -10,7 +10,13 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from fusee._checks import FLOATING_DTYPES, check_floating, check_same_device, check_tensor
+from fusee._checks import (
+    FLOATING_DTYPES,
+    check_floating,
+    check_same_device,
+    check_tensor,
+    has_twice,
+)
 from fusee._op import register_in_place
 from fusee._wrapper import OptimizerWrapper
 
@@ -211,7 +217,7 @@ def perp_grad_(
     grads = [grads] if isinstance(grads, Tensor) else list(grads)
     if len(weights) != len(grads):
         raise ValueError(f"weights must be as many as grads, got {len(weights)} and {len(grads)}")
-    if len({id(grad) for grad in grads}) != len(grads):
+    if has_twice(grads):
         raise ValueError("grads must not hold the same tensor twice")
     if not grads:
         return torch.zeros(0, dtype=torch.bool)

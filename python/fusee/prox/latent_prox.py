@@ -91,7 +91,7 @@ class LatentProx(OptimizerWrapper, ProxHost):
         tensor(True)
     """
 
-    _own = ("latents", "_options", "_tables")
+    _own = ("latents", "_moved", "_options", "_tables")
 
     def __init__(
         self,
@@ -115,6 +115,7 @@ class LatentProx(OptimizerWrapper, ProxHost):
         given = locals()
         super().__init__(base_optimizer)
         self.latents: dict[Tensor, Tensor] = {}
+        self._moved: set[tuple[int, int]] = set()
         self._options = {name: given[name] for name in (*OPTIONS, "groups") if name in given}
         self._tables = []
         self._adopt()
@@ -197,14 +198,15 @@ class LatentProx(OptimizerWrapper, ProxHost):
         latents as they were."""
         prepared = self._prepare_step()
         moved = [h for plan, _, _ in prepared for h in plan.hosted if self._moves(h, closure)]
-        self._moved = {(h.group, h.number) for h in moved}
+        self._moved.clear()
+        self._moved.update((h.group, h.number) for h in moved)
         weights = [tensor.detach() for h in moved for tensor in h.scope.tensors]
         latents = [self._latent(tensor) for h in moved for tensor in h.scope.tensors]
         loss, stepped = self._step_of_base(closure, prepared, weights, latents)
         if stepped:
             _copy(latents, weights)
         else:
-            self._moved = set()
+            self._moved.clear()
         self._finish_step(prepared)
         with torch.no_grad():
             self._grow()

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusee._checks import accumulate_dtype, check_floating, check_same_device
+from fusee._checks import accumulate_dtype, check_floating, check_same_device, has_twice
 from fusee._op import register_in_place
 from fusee.prox.group_table import GroupTable
 from fusee.prox.groups import (
@@ -123,7 +123,10 @@ def _numbers(name: str, value: Any, count: int, device: torch.device, *, positiv
                 wanted = "not be negative" if positive else "not be NaN"
                 raise ValueError(f"{name} must {wanted}, got {number}")
             listed.append(number)
-        numbers = torch.tensor(listed, dtype=torch.float64, device=device)
+        if listed and listed[1:] == listed[:-1]:  # nothing to copy from the host, so a graph can be captured
+            numbers = torch.full((len(listed),), listed[0], dtype=torch.float64, device=device)
+        else:
+            numbers = torch.tensor(listed, dtype=torch.float64, device=device)
     elif value.dtype.is_complex or value.dtype == torch.bool:
         raise TypeError(f"{name} must be real, got dtype {value.dtype}")
     elif value.device != device:
@@ -230,7 +233,7 @@ def prox_group_envelope_(
     for i, tensor in enumerate(listed):
         check_floating(f"tensors[{i}]", tensor)
         check_same_device(f"tensors[{i}]", tensor, "tensors[0]", listed[0])
-    if len({id(tensor) for tensor in listed}) != len(listed):
+    if has_twice(listed):
         raise ValueError("tensors must not hold the same tensor twice")
     check_apart(listed)
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in listed):

@@ -99,8 +99,8 @@ class ProxSGD(_ProxOptimizer, torch.optim.SGD):
         IndexError: ``dim`` is out of range.
 
     The numbers among the options may be changed in ``param_groups`` at any time, by learning rate
-    schedulers too. With k, lam and lr as tensors a step reads nothing back, and can be captured.
-    ``differentiable`` is not offered.
+    schedulers too. With k, lam and lr as tensors and ``fused=True`` a step reads nothing back,
+    and can be captured. ``differentiable`` is not offered.
 
     A scope is left alone in a step in which none of its parameters has a gradient, as torch leaves such
     a parameter alone; so are frozen ones. Where one has, the whole scope takes part.
