@@ -102,7 +102,9 @@ def _transforms(function: Callable[..., Tensor], tensors: list[Tensor]) -> dict[
     }
 
 
-@pytest.mark.skipif(torch.__version__ < (2, 13), reason="torch loses the derivative: see the README")
+@pytest.mark.skipif(
+    torch.__version__ < (2, 13), reason="torch loses the derivative: see the README"
+)
 @pytest.mark.parametrize("dtype_", [torch.float64])
 def test_transforms_in_compiled_code(spec: OpSpec, device: str, dtype_: torch.dtype) -> None:
     """A ``torch.func`` transform inside a compiled region gives the right result or an exception,

@@ -123,7 +123,9 @@ def _numbers(name: str, value: Any, count: int, device: torch.device, *, positiv
                 wanted = "not be negative" if positive else "not be NaN"
                 raise ValueError(f"{name} must {wanted}, got {number}")
             listed.append(number)
-        if listed and listed[1:] == listed[:-1]:  # nothing to copy from the host, so a graph can be captured
+        if (
+            listed and listed[1:] == listed[:-1]
+        ):  # nothing to copy from the host, so a graph can be captured
             numbers = torch.full((len(listed),), listed[0], dtype=torch.float64, device=device)
         else:
             numbers = torch.tensor(listed, dtype=torch.float64, device=device)
