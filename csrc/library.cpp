@@ -86,6 +86,32 @@ STABLE_TORCH_LIBRARY(fusee, m) {
   m.def(
       "prox_group_envelope_metric_(Tensor(a!)[] tensors, Tensor[] metric, SymInt[] layout, "
       "Tensor? weights, Tensor k, Tensor lam, int form) -> Tensor");
+
+  // --- transport ------------------------------------------------------------------------------
+  // Entropic optimal transport of a batch of problems, P = a b^T exp((f + g - C) / reg). metric is 0 for a
+  // cost x (batch, n, m), without y; or of points x (batch, n, d) and y (batch, m, d) 1 sqeuclidean,
+  // 2 euclidean, 3 cityblock, 4 dot. penalty (batch, 2) are the weights of the marginals' divergences,
+  // infinite where they hold. stages (batch, 48, 7) are what each stage of annealing did: reg, Sinkhorn
+  // iterations, Newton steps, CG iterations, kept entries, refused steps, error.
+  m.def(
+      "sinkhorn_newton(Tensor x, Tensor? y, int metric, Tensor a, Tensor b, Tensor reg, "
+      "Tensor penalty, Tensor? g_init, float tol, int max_iter) "
+      "-> (Tensor value, Tensor f, Tensor g, Tensor error, Tensor n_iter, Tensor stages)");
+  // The solution of [[D1 (1 + reg / penalty1), P], [P^T, D2 (1 + reg / penalty2)]] (u; v) = (p; q), D1 and
+  // D2 the sums of P: what implicit derivatives of the potentials need.
+  m.def(
+      "transport_solve(Tensor x, Tensor? y, int metric, Tensor a, Tensor b, Tensor reg, "
+      "Tensor penalty, Tensor f, Tensor g, Tensor p, Tensor q) -> (Tensor u, Tensor v)");
+  // P itself.
+  m.def(
+      "transport_plan(Tensor x, Tensor? y, int metric, Tensor a, Tensor b, Tensor reg, Tensor f, "
+      "Tensor g) -> Tensor");
+  // The gradient of the sum of P (left + right) C in x and y, for fixed P; and the sums of P / a over
+  // right and of P / b over left.
+  m.def(
+      "transport_gradient(Tensor x, Tensor? y, int metric, Tensor a, Tensor b, Tensor reg, "
+      "Tensor f, Tensor g, Tensor left, Tensor right) "
+      "-> (Tensor grad_x, Tensor grad_y, Tensor row_sums, Tensor column_sums)");
 }
 
 // Called from Python through ctypes, before any engine is loaded.

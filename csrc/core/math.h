@@ -23,6 +23,38 @@ FUSEE_HOST_DEVICE float absolute<float>(float x) {
   return fabsf(x);
 }
 
+// 1 / x. On the device, a float's is within a unit in the last place for x from 2^-126 to 2^126, and 0
+// beyond: a division has a branch for what lies outside, and elements between branches do not overlap.
+template <typename A>
+FUSEE_HOST_DEVICE A quick_inverse(A x) {
+  return A(1) / x;
+}
+template <>
+FUSEE_HOST_DEVICE float quick_inverse<float>(float x) {
+#if defined(__CUDA_ARCH__)
+  float inverse;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(inverse) : "f"(x));
+  return inverse;
+#else
+  return 1.0f / x;
+#endif
+}
+
+// a / b for finite a and b in that range, as precise as the division.
+template <typename A>
+FUSEE_HOST_DEVICE A quick_quotient(A a, A b) {
+  return a / b;
+}
+template <>
+FUSEE_HOST_DEVICE float quick_quotient<float>(float a, float b) {
+#if defined(__CUDA_ARCH__)
+  const float inverse = quick_inverse(b), q = a * inverse;
+  return fmaf(fmaf(-q, b, a), inverse, q);
+#else
+  return a / b;
+#endif
+}
+
 // What log needs to know about a floating-point format. The logarithm of a reduced argument is
 // 2 atanh(s), summed from its Taylor series in z = s^2 <= 0.0295 until the terms vanish.
 template <typename A>
@@ -88,7 +120,7 @@ struct Reduced {
 
   // log(1 + f) - f.
   FUSEE_HOST_DEVICE A tail() const {
-    const A s = f / (A(2) + f);
+    const A s = quick_quotient(f, A(2) + f);
     const A z = s * s;
     // log(1 + f) = 2s + (2/3) s^3 + ..., and 2s = f - s f, which keeps the leading term exact.
     return s * (A(2) * z * Format<A>::series(z) - f);
@@ -121,7 +153,7 @@ FUSEE_HOST_DEVICE A log1p_nonnegative(A a) {
   const A u = A(1) + a;
   // What rounding took from u goes back in by the derivative of the logarithm.
   const A lost = a < A(1) ? a - (u - A(1)) : A(1) - (u - a);
-  const A result = log_normal(u, lost / u);
+  const A result = log_normal(u, quick_quotient(lost, u));
   return u <= std::numeric_limits<A>::max() ? result : a;
 }
 

@@ -176,5 +176,23 @@ struct Exp2 {
   }
 };
 
+// exp(x) for x <= 700, to about two units in the last place; 0 below the range of normal numbers.
+FUSEE_HOST_DEVICE double exp_in_range(double x) {
+  constexpr double kLog2e = 0x1.71547652b82fep0, kLn2High = 0x1.62e42feep-1,
+                   kLn2Low = 0x1.a39ef35793c76p-33, kLeast = -708.0;
+  constexpr double kRound = Exp2Series<double>::kRound;
+  const double bounded = x > kLeast ? x : kLeast;
+  const double rounded = fused(bounded, kLog2e, kRound);
+  const double k = rounded - kRound;
+  const double r = (bounded - k * kLn2High) - k * kLn2Low;
+  // (e^r - 1) / r on [-log(2) / 2, log(2) / 2], the series to the last term that matters.
+  const double series =
+      polynomial(r, 1.0, 1.0 / 2, 1.0 / 6, 1.0 / 24, 1.0 / 120, 1.0 / 720, 1.0 / 5040, 1.0 / 40320,
+                 1.0 / 362880, 1.0 / 3628800, 1.0 / 39916800, 1.0 / 479001600);
+  const uint64_t bits = bit_cast<uint64_t>(rounded) - bit_cast<uint64_t>(kRound);
+  const double scaled = fused(r, series, 1.0) * Exp2<double>::power(bits);
+  return x > kLeast ? scaled : (x == x ? 0.0 : x);
+}
+
 }  // namespace FUSEE_ENGINE_NAMESPACE
 }  // namespace fusee

@@ -17,7 +17,7 @@ constexpr int64_t kBlockElements = 4096;
 constexpr int64_t kPartClasses = 64;
 #else
 // A block of logits large enough to fill the device.
-constexpr int64_t kBlockElements = int64_t{1} << 25;
+constexpr int64_t kBlockElements = int64_t{1} << 23;
 // How many classes one product over a chunk of rows takes.
 constexpr int64_t kPartClasses = int64_t{1} << 15;
 #endif
@@ -53,8 +53,8 @@ struct AddBlock {
     Accumulator<A> positive, negative, spread;
     const bool spreads = target.spreads();
     view.visit(
-        [&](int64_t j, A x, A) {
-          const bool own = j == pivot.at;
+        [&](Place j, A x, A) {
+          const bool own = j.is(pivot.at);
           positive.add(own ? A(0) : StableSum<A>::positive_term(x));
           negative.add(own ? A(0) : StableSum<A>::negative_term(x));
           if (!spreads) return;
@@ -198,13 +198,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_stablemax_cros
     const Tensor info = empty(input_, {2}, ScalarType::Double);
     const Tensor loss = reduction == kReductionNone ? losses : empty(input_, {}, type);
     auto gradients = call.gradients(wanted);
-    if constexpr (std::is_same_v<T, A>) {
+    // Gradients that are made here are made by chunks of rows, which have all classes.
+    if (std::is_same_v<T, A> && wanted.any()) {
       const Tensor grad = empty(input_, {1}, type);
-      if (wanted.any()) {
-        call.reduce(losses, kReductionNone, loss, info);
-        launch(unit_gradient<A>, 1, 1, 0, context.stream, input<double>(info), reduction,
-               output<A>(grad));
-      }
+      call.reduce(losses, kReductionNone, loss, info);
+      launch(unit_gradient<A>, 1, 1, 0, context.stream, input<double>(info), reduction,
+             output<A>(grad));
       layer.for_each_row_chunk([&](int64_t first, int64_t n, const Tensor& tensor) {
         const Target<A> part = call.part(first, 0, tensor);
         const Logits<T> logits = call.logits(tensor);
@@ -213,10 +212,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_stablemax_cros
         launch_rows(Forward<Logits<T>>{logits, part, output<A>(losses) + first,
                                        output<A>(stats) + 2 * first, output<double>(totals)},
                     context.stream);
-        if (wanted.any())
-          launch_rows(
-              Backward<Logits<T>>{logits, part, input<A>(grad), 0, input<A>(stats) + 2 * first},
-              context.stream);
+        launch_rows(
+            Backward<Logits<T>>{logits, part, input<A>(grad), 0, input<A>(stats) + 2 * first},
+            context.stream);
         gradients.add_row_chunk(first, n, tensor);
       });
     } else {

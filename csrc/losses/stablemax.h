@@ -7,7 +7,7 @@
 // Prieto et al., "Grokking at the Edge of Numerical Stability", arXiv:2501.04697.
 #pragma once
 
-#include "core/math.h"
+#include "core/precise.h"
 
 namespace fusee {
 inline namespace FUSEE_ENGINE_NAMESPACE {
@@ -17,6 +17,13 @@ template <typename A>
 FUSEE_HOST_DEVICE A reciprocal(A x) {
   return A(1) / (A(1) + absolute(x));
 }
+#if defined(__CUDA_ARCH__)
+// A quarter of the denominator is within the range of the quick inverse.
+template <>
+FUSEE_HOST_DEVICE float reciprocal<float>(float x) {
+  return 0.25f * quick_inverse(fmaf(absolute(x), 0.25f, 0.25f));
+}
+#endif
 
 template <typename A>
 FUSEE_HOST_DEVICE A stable_exp(A x) {
@@ -80,33 +87,58 @@ struct RowSum {
   }
 };
 
-// s_j / S as (s_j * unit) / total, where neither S nor the quotient overflows in A.
+// s_j / S as (s_j * unit) / total, where neither S, nor its inverse, nor the quotient overflows in A.
 template <typename A>
 struct Normalizer {
-  A unit, total;
+  A unit, total, inverse;
 
   Normalizer() = default;
-  FUSEE_HOST_DEVICE explicit Normalizer(const RowSum& sum) {
-    unit = sum.large() ? A(0x1p-64) : A(1);
-    total = static_cast<A>(sum.large() ? sum.scaled() : sum.value());
-  }
+  FUSEE_HOST_DEVICE explicit Normalizer(const RowSum& sum)
+      : Normalizer(sum.large()          ? A(0x1p-64)
+                   : small(sum.value()) ? A(0x1p64)
+                                        : A(1),
+                   sum.large()          ? sum.scaled()
+                   : small(sum.value()) ? sum.value() * 0x1p64
+                                        : sum.value()) {}
   // From the saved S, which is infinite only where every quotient may round to zero.
-  FUSEE_HOST_DEVICE explicit Normalizer(double sum) {
-    const bool large = sum > 0x1p64;
-    unit = large ? A(0x1p-64) : A(1);
-    total = static_cast<A>(large ? sum * 0x1p-64 : sum);
+  FUSEE_HOST_DEVICE explicit Normalizer(double sum)
+      : Normalizer(sum > 0x1p64 ? A(0x1p-64)
+                   : small(sum) ? A(0x1p64)
+                                : A(1),
+                   sum > 0x1p64 ? sum * 0x1p-64
+                   : small(sum) ? sum * 0x1p64
+                                : sum) {}
+
+  FUSEE_HOST_DEVICE A operator()(A term) const {
+    const A scaled = term * unit;
+#if defined(__CUDA_ARCH__) || defined(FUSEE_EMULATED)
+    // The steps of a division that differ from term to term.
+    const A quotient = scaled * inverse;
+    const A corrected = fused(fused(-quotient, total, scaled), inverse, quotient);
+    return total <= std::numeric_limits<A>::max() ? corrected : quotient;
+#else
+    return scaled / total;
+#endif
   }
-  FUSEE_HOST_DEVICE A operator()(A term) const { return term * unit / total; }
+
+ private:
+  FUSEE_HOST_DEVICE Normalizer(A unit_, double total_)
+      : unit(unit_), total(static_cast<A>(total_)), inverse(A(1) / total) {}
+  static FUSEE_HOST_DEVICE bool small(double sum) { return sum < 0x1p-64; }
 };
 
 // log(s_j / S). The logarithm of the quotient is right where the share is near one and the logarithms
-// would cancel; their difference is right where the quotient would underflow.
+// would cancel; their difference, with log s_j = +-log(1 + |x|), is right where the quotient would
+// underflow.
 template <typename A>
 FUSEE_HOST_DEVICE A log_share(A x, const Normalizer<A>& normalize, A log_sum) {
-  const A share = normalize(stable_exp(x));
-  const A quotient = log_nonnegative(share);
-  const A difference = symlog(x) - log_sum;
-  return share < A(1e-30) ? difference : quotient;
+  const A u = A(1) + absolute(x);
+  const A share = normalize(x >= A(0) ? u : reciprocal(x));
+  const bool tiny = share < A(1e-30);
+  const A argument = tiny ? u : share;
+  // Infinity and NaN go through as what is added last.
+  const A log = log_normal(argument, argument <= std::numeric_limits<A>::max() ? A(0) : argument);
+  return tiny ? (x >= A(0) ? log : -log) - log_sum : log;
 }
 
 // d output / d input of one element, given the row's dot product:

@@ -106,10 +106,13 @@ struct RowGradient {
     confident = rest < A(0.5);
   }
 
-  FUSEE_HOST_DEVICE A at_pivot(A x) const {
-    const A plain = row_derivative(x, over_sum, own);
-    return confident ? pivot * reciprocal(x) : plain;
+  // Of any class, given its h c_j where it is not the pivot.
+  FUSEE_HOST_DEVICE A at(A x, A coefficient, bool is_pivot) const {
+    const A r = reciprocal(x);
+    const A plain = over_sum * stable_exp_derivative(x, r) - (is_pivot ? own : coefficient) * r;
+    return is_pivot && confident ? pivot * r : plain;
   }
+  FUSEE_HOST_DEVICE A at_pivot(A x) const { return at(x, own, true); }
 };
 
 }  // namespace FUSEE_ENGINE_NAMESPACE

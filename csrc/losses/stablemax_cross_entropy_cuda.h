@@ -145,25 +145,33 @@ struct Forward {
   FUSEE_DEVICE void operator()(View& view) const {
     const Pivot pivot = target.pivot(view);
     const A x_t = view.active() ? view.element(pivot.at < 0 ? 0 : pivot.at) : A(0);
-    const A symlog_t = symlog(x_t);
     Accumulator<A> positive, negative, spread;
+    auto add = [&](Place j, A x) {
+      const bool own = j.is(pivot.at);
+      positive.add(own ? A(0) : StableSum<A>::positive_term(x));
+      negative.add(own ? A(0) : StableSum<A>::negative_term(x));
+    };
+    auto flush = [&] {
+      positive.flush();
+      negative.flush();
+    };
     const bool spreads = target.spreads();
-    view.visit(
-        [&](int64_t j, A x, A q) {
-          const bool own = j == pivot.at;
-          positive.add(own ? A(0) : StableSum<A>::positive_term(x));
-          negative.add(own ? A(0) : StableSum<A>::negative_term(x));
-          if (spreads) {
+    if (spreads) {
+      const A symlog_t = symlog(x_t);
+      view.visit(
+          [&](Place j, A x, A q) {
+            add(j, x);
             const A b = target.coefficient(j, q);
             // A class with no weight takes no part even at -inf.
             if (b != A(0)) spread.add(b * (symlog_t - symlog(x)));
-          }
-        },
-        [&] {
-          positive.flush();
-          negative.flush();
-          spread.flush();
-        });
+          },
+          [&] {
+            flush();
+            spread.flush();
+          });
+    } else {
+      view.visit([&](Place j, A x, A) { add(j, x); }, flush);
+    }
     const RowSum rest = RowSum::from<A>(view.reduce(positive.total, Sum{}, 0.0),
                                         view.reduce(negative.total, Sum{}, 0.0));
     double value = spreads ? view.reduce(spread.total, Sum{}, 0.0) : 0.0;
@@ -211,11 +219,13 @@ struct Backward {
       view.transform([&](int64_t, A, A) { return value; });
       return;
     }
-    const bool spreads = target.spreads();
-    view.transform([&](int64_t j, A x, A q) {
-      const A c = spreads ? h * target.coefficient(j, q) : A(0);
-      return j == pivot.at ? gradient.at_pivot(x) : row_derivative(x, gradient.over_sum, c);
-    });
+    if (target.spreads()) {
+      view.transform([&](Place j, A x, A q) {
+        return gradient.at(x, h * target.coefficient(j, q), j.is(pivot.at));
+      });
+    } else {
+      view.transform([&](Place j, A x, A) { return gradient.at(x, A(0), j.is(pivot.at)); });
+    }
   }
 };
 

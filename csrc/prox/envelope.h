@@ -136,10 +136,12 @@ constexpr double kDownScale = 0x1p-64;
 class RootSearch {
  public:
   // What a first pass sums over the groups that are neither zero nor without weight.
-  struct Start {
+  struct Totals {
     double count = 0, infinite = 0;
     double a = 0, b = 0;  // over the finite
-    double least = 0;     // min a / (1 + b), infinity if there are none
+  };
+  struct Start : Totals {
+    double least = 0;  // min a / (1 + b), infinity if there are none
   };
   // What one pass sums at theta.
   struct Sums {

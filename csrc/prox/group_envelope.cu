@@ -17,14 +17,15 @@ FUSEE_DEVICE Group<A> plain_group(Global<const A> weights, int64_t j) {
   return Group<A>(weights ? load(weights, j) : A(1), A(1), A(0), false);
 }
 
-template <typename T, bool kAlone>
-__global__ void __launch_bounds__(kRootThreads, 1)
-    envelope_root_kernel(Layout layout, Global<const T> x, Global<const double> sums, Parts parts,
-                         int64_t remembered, Global<const accumulate_t<T>> weights,
-                         Global<const double> budgets, bool debiased, Global<accumulate_t<T>> norms,
-                         Global<double> knees, Global<double> values) {
+template <typename T, Worker kWorker>
+__global__ void __launch_bounds__(kRootThreads, blocks_at_once(kWorker))
+    envelope_root_kernel(WorkerMemory<accumulate_t<T>> memory, Layout layout, Global<const T> x,
+                         Global<const double> sums, Parts parts,
+                         Global<const accumulate_t<T>> weights, Global<const double> budgets,
+                         bool debiased, Global<accumulate_t<T>> norms, Global<double> knees,
+                         Global<double> values) {
   using A = accumulate_t<T>;
-  for_problem<A, kAlone>(layout.batch, remembered, [&](const auto& team, int64_t problem) {
+  for_problem<A, kWorker>(memory, [&](const auto& team, int64_t problem) {
     const int64_t count = layout.groups;
     const double k = load(budgets, problem);
     auto made_of = [&](int64_t j, A norm) {
@@ -40,10 +41,7 @@ __global__ void __launch_bounds__(kRootThreads, 1)
     EnvelopeSums own;
     for (int64_t j = team.rank(); j < count; j += team.size())
       own.add(static_cast<double>(of(j).a), knee);
-    EnvelopeSums all;
-    all.squares = team.sum(own.squares);
-    all.others = team.sum(own.others);
-    all.less = team.sum(own.less);
+    const EnvelopeSums all = team.sum(own);
     if (team.rank() == 0) {
       store(knees, problem, knee);
       store(values, problem, all.value(knee, debiased));
@@ -111,13 +109,12 @@ std::tuple<Tensor, Tensor, Tensor> group_envelope(const Tensor& input_,
   dispatch_floating(x.scalar_type(), [&]<typename T>(T) {
     using A = accumulate_t<T>;
     const SumPlan plan(layout, columns_of_block<T>);
-    const RootPlan root(layout);
     const Tensor sums = group_products<T, false>(x, x, layout, plan, context);
-    launch(root.alone ? &envelope_root_kernel<T, true> : &envelope_root_kernel<T, false>,
-           root.blocks, root.threads, root.shared_bytes<A>(), context.stream, layout, input<T>(x),
-           input<double>(sums), plan.parts, root.remembered, input<A>(given.weights),
-           input<double>(given.k), debiased, output<A>(norms), output<double>(knee),
-           output<double>(value));
+    launch_workers<A>(
+        layout, [](auto worker) { return &envelope_root_kernel<T, worker.value>; }, true, x,
+        context.stream, layout, input<T>(x), input<double>(sums), plan.parts,
+        input<A>(given.weights), input<double>(given.k), debiased, output<A>(norms),
+        output<double>(knee), output<double>(value));
   });
   return {value, norms, knee};
 }

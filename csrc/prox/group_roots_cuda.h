@@ -1,16 +1,14 @@
-// The root of the group envelope by a block or a thread, and the selection of the largest groups.
+// The root of the group envelope by a thread, a block or all blocks, and the selection of the largest groups.
 #pragma once
 
 #include "core/cuda/kernel.h"
 #include "prox/group_layout.h"
 #include "prox/group_sums_cuda.h"
+#include "prox/group_workers_cuda.h"
 
 namespace fusee {
 inline namespace FUSEE_ENGINE_NAMESPACE {
 namespace cuda {
-
-constexpr int kRootThreads = 256;
-constexpr int64_t kMostRemembered = 4096;  // groups that a block keeps in shared memory
 
 // What is given for groups and problems, as kernels see it.
 template <typename A>
@@ -36,87 +34,6 @@ FUSEE_DEVICE void store_root(Global<double> roots, int64_t problem, const Root& 
 FUSEE_DEVICE Root load_root(Global<const double> roots, int64_t problem) {
   return {load(roots, problem * Root::kNumbers), load(roots, problem * Root::kNumbers + 1),
           load(roots, problem * Root::kNumbers + 2)};
-}
-
-// Who works on a problem: a block of one warp or more, or a thread where small problems are many. Workers are what
-// takes a group together.
-struct Block {
-  const Shared<double>& scratch;
-
-  FUSEE_DEVICE int rank() const { return thread_rank(); }
-  FUSEE_DEVICE int size() const { return thread_count(); }
-  FUSEE_DEVICE int lane() const { return thread_rank() & 31; }
-  static constexpr int kLanes = 32;
-  FUSEE_DEVICE double sum(double own) const { return block_sum(own, scratch); }
-  FUSEE_DEVICE double least(double own) const {
-    return block_reduce(own, Minimum{}, std::numeric_limits<double>::infinity(), scratch);
-  }
-  FUSEE_DEVICE double lane_sum(double own) const { return warp_sum(own); }
-  FUSEE_DEVICE double lane_most(double own) const { return warp_reduce(own, Maximum{}); }
-  FUSEE_DEVICE void barrier() const { __syncthreads(); }
-};
-// A block that keeps what it knows of its groups.
-template <typename A>
-struct Remembering : Block {
-  const Shared<Coefficients<A>>& memory;
-  int64_t remembered;  // the number of groups, zero if they are too many for the memory
-
-  FUSEE_DEVICE void keep(int64_t j, const Coefficients<A>& of) const {
-    if (remembered != 0) memory.store(j, of);
-  }
-  // What was kept before a barrier, or what `of` makes of j.
-  template <typename Of>
-  FUSEE_DEVICE Coefficients<A> recall(int64_t j, const Of& of) const {
-    return remembered != 0 ? memory.load(j) : of(j);
-  }
-};
-struct Alone {
-  FUSEE_DEVICE int rank() const { return 0; }
-  FUSEE_DEVICE int size() const { return 1; }
-  FUSEE_DEVICE int lane() const { return 0; }
-  static constexpr int kLanes = 1;
-  FUSEE_DEVICE double sum(double own) const { return own; }
-  FUSEE_DEVICE double least(double own) const { return own; }
-  FUSEE_DEVICE double lane_sum(double own) const { return own; }
-  FUSEE_DEVICE double lane_most(double own) const { return own; }
-  FUSEE_DEVICE void barrier() const {}
-  template <typename A>
-  FUSEE_DEVICE void keep(int64_t, const Coefficients<A>&) const {}
-  template <typename Of>
-  FUSEE_DEVICE auto recall(int64_t j, const Of& of) const {
-    return of(j);
-  }
-};
-
-struct RootPlan {
-  bool alone;
-  int threads;
-  int64_t blocks;
-  int64_t remembered;
-
-  explicit RootPlan(const Layout& l)
-      : alone(l.groups <= 32 && l.batch >= 256),
-        threads(alone || l.groups > 256 ? kRootThreads : 32),
-        blocks(alone ? (l.batch + kRootThreads - 1) / kRootThreads : l.batch),
-        remembered(alone || l.groups > kMostRemembered ? 0 : l.groups) {}
-
-  template <typename A>
-  size_t shared_bytes() const {
-    return static_cast<size_t>(remembered) * sizeof(Coefficients<A>);
-  }
-};
-
-// Calls f(team, problem).
-template <typename A, bool kAlone, typename F>
-FUSEE_DEVICE void for_problem(int64_t batch, int64_t remembered, const F& f) {
-  if constexpr (kAlone) {
-    const int64_t problem = static_cast<int64_t>(blockIdx.x) * kRootThreads + thread_rank();
-    if (problem < batch) f(Alone{}, problem);
-  } else {
-    FUSEE_SHARED(double, scratch, 32);
-    FUSEE_DYNAMIC_SHARED(Coefficients<A>, memory, remembered);
-    f(Remembering<A>{{scratch}, memory, remembered}, static_cast<int64_t>(blockIdx.x));
-  }
 }
 
 // The norm of one group whose squares leave the range of double, by the lanes of a worker.
@@ -183,27 +100,22 @@ FUSEE_DEVICE void store_norms(Global<const T> x, Global<const double> sums, cons
 // What the search over `count` groups begins with.
 template <typename A, typename Of, typename Who>
 FUSEE_DEVICE RootSearch::Start start_search(int64_t count, const Of& of, const Who& team) {
-  RootSearch::Start start;
+  RootSearch::Totals own;
   double least = std::numeric_limits<double>::infinity();
   for (int64_t j = team.rank(); j < count; j += team.size()) {
     const Coefficients<A> c = of(j);
     if (c.a <= A(0)) continue;  // NaN counts
-    start.count += 1;
+    own.count += 1;
     if (c.a > std::numeric_limits<A>::max()) {
-      start.infinite += 1;
+      own.infinite += 1;
     } else {
-      start.a += static_cast<double>(c.a);
-      start.b += static_cast<double>(c.b);
+      own.a += static_cast<double>(c.a);
+      own.b += static_cast<double>(c.b);
       const double knee = static_cast<double>(c.a / (A(1) + c.b));
       least = knee < least ? knee : least;
     }
   }
-  start.count = team.sum(start.count);
-  start.infinite = team.sum(start.infinite);
-  start.a = team.sum(start.a);
-  start.b = team.sum(start.b);
-  start.least = team.least(least);
-  return start;
+  return {team.sum(own), team.least(least)};
 }
 
 // The search over `count` groups whose coefficients `of(j)` gives, by all threads of a team alike.
@@ -225,19 +137,14 @@ FUSEE_DEVICE double search_root(double k, int64_t count, const Of& of, const Who
     RootSearch::Sums sums;
     for (int64_t j = team.rank(); j < count; j += team.size()) {
       const Coefficients<A> c = scaled(j);
-      if (!(c.a < (A(1) + c.b) * theta)) {
-        sums.saturated += 1;
-      } else if (c.a > c.b * theta) {
-        sums.middle += 1;
-        sums.a += static_cast<double>(c.a);
-        sums.b += static_cast<double>(c.b);
-      }
+      // Without branches, so that the loads of several groups are in flight.
+      const bool below = c.a < (A(1) + c.b) * theta, between = below && c.a > c.b * theta;
+      sums.saturated += below ? 0 : 1;
+      sums.middle += between ? 1 : 0;
+      sums.a += between ? static_cast<double>(c.a) : 0.0;
+      sums.b += between ? static_cast<double>(c.b) : 0.0;
     }
-    sums.saturated = team.sum(sums.saturated);
-    sums.middle = team.sum(sums.middle);
-    sums.a = team.sum(sums.a);
-    sums.b = team.sum(sums.b);
-    search.step(sums);
+    search.step(team.sum(sums));
   }
   return search.theta() / static_cast<double>(scale);
 }
@@ -250,6 +157,14 @@ FUSEE_DEVICE double count_if(int64_t count, const Condition& condition, const Wh
   return team.sum(own);
 }
 
+// The least number(j), infinity if there is none.
+template <typename Number, typename Who>
+FUSEE_DEVICE double least_of(int64_t count, const Number& number, const Who& team) {
+  double own = std::numeric_limits<double>::infinity();
+  for (int64_t j = team.rank(); j < count; j += team.size()) own = Minimum{}(own, number(j));
+  return team.least(own);
+}
+
 // The k largest of the keys that `key(j)` gives; see select_largest of the CPU.
 template <typename A, typename Key, typename Who>
 FUSEE_DEVICE Root select_root(double k, int64_t count, const Key& key, const Who& team) {
@@ -260,11 +175,22 @@ FUSEE_DEVICE Root select_root(double k, int64_t count, const Key& key, const Who
   const double wanted = k < 1 ? 0 : k >= all ? all : floor(k);
   if (wanted == all) return {-1, 0, 1};
   if (wanted == 0) return {std::numeric_limits<double>::infinity(), -1, 1};
+  constexpr double kNone = std::numeric_limits<double>::infinity();
   Bits low = 0, high = bit_cast<Bits>(std::numeric_limits<A>::infinity());
   while (low < high) {
     const Bits middle = low + (high - low + 1) / 2;
     const A least = bit_cast<A>(middle);
-    if (count_if(count, [&](int64_t j) { return key(j) >= least; }, team) >= wanted) {
+    const double reach = count_if(count, [&](int64_t j) { return key(j) >= least; }, team);
+    if (reach == wanted) {
+      // The search has ended between two keys, or at the last of those that are equal.
+      auto reached = [&](int64_t j) {
+        return key(j) >= least ? static_cast<double>(key(j)) : kNone;
+      };
+      const A last = static_cast<A>(least_of(count, reached, team));
+      auto place = [&](int64_t j) { return key(j) == last ? -static_cast<double>(j) : kNone; };
+      return {static_cast<double>(last), -least_of(count, place, team), 1};
+    }
+    if (reach > wanted) {
       low = middle;
     } else {
       high = middle - 1;

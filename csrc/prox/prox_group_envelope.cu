@@ -21,14 +21,14 @@ GroupArguments<A> arguments_of(const Given& given, const Layout& layout, Form fo
 
 // The norms, the root, and what the elements of every group are multiplied with; of single elements that is found
 // again from each.
-template <typename T, bool kAlone>
-__global__ void __launch_bounds__(kRootThreads, 1)
-    prox_root_kernel(Layout layout, Global<const T> x, Global<const double> sums, Parts parts,
-                     int64_t remembered, GroupArguments<accumulate_t<T>> arguments,
-                     Global<accumulate_t<T>> norms, Global<double> roots,
-                     Global<accumulate_t<T>> scales) {
+template <typename T, Worker kWorker>
+__global__ void __launch_bounds__(kRootThreads, blocks_at_once(kWorker))
+    prox_root_kernel(WorkerMemory<accumulate_t<T>> memory, Layout layout, Global<const T> x,
+                     Global<const double> sums, Parts parts,
+                     GroupArguments<accumulate_t<T>> arguments, Global<accumulate_t<T>> norms,
+                     Global<double> roots, Global<accumulate_t<T>> scales) {
   using A = accumulate_t<T>;
-  for_problem<A, kAlone>(layout.batch, remembered, [&](const auto& team, int64_t problem) {
+  for_problem<A, kWorker>(memory, [&](const auto& team, int64_t problem) {
     const int64_t count = layout.groups;
     const Global<const A> known(norms + problem * count);
     const Root root = find_root(arguments, problem, known, team, [&](const auto& of) {
@@ -81,17 +81,17 @@ __global__ void __launch_bounds__(kGroupThreads, 1)
 
 // The gradients in k and lam of each problem, and for every group the two numbers of which the gradient of its
 // elements is made; for single elements their share, from which those are found again.
-template <typename T, bool kAlone>
-__global__ void __launch_bounds__(kRootThreads, 1)
-    prox_gradient_sums_kernel(Layout layout, Global<const T> x, Global<const T> grad,
-                              Global<const double> sums, Parts parts,
-                              GroupArguments<accumulate_t<T>> arguments,
+template <typename T, Worker kWorker>
+__global__ void __launch_bounds__(kRootThreads, blocks_at_once(kWorker))
+    prox_gradient_sums_kernel(WorkerMemory<accumulate_t<T>> memory, Layout layout,
+                              Global<const T> x, Global<const T> grad, Global<const double> sums,
+                              Parts parts, GroupArguments<accumulate_t<T>> arguments,
                               Global<const accumulate_t<T>> norms, Global<const double> roots,
                               Global<double> dots, Global<double> shares, Global<double> grad_k,
                               Global<double> grad_lam, Global<accumulate_t<T>> of_grad,
                               Global<accumulate_t<T>> of_input) {
   using A = accumulate_t<T>;
-  for_problem<A, kAlone>(layout.batch, 0, [&](const auto& team, int64_t problem) {
+  for_problem<A, kWorker>(memory, [&](const auto& team, int64_t problem) {
     const int64_t count = layout.groups, first = problem * count;
     // Few parts are added where they are wanted.
     const bool few = parts.count() <= 8;
@@ -122,12 +122,7 @@ __global__ void __launch_bounds__(kRootThreads, 1)
       own.add(arguments.group(problem, j, lam), norm, dot, root, j,
               arguments.form == Form::kDebiased);
     }
-    GradientSums all;
-    all.saturated = team.sum(own.saturated);
-    all.b = team.sum(own.b);
-    all.c = team.sum(own.c);
-    all.lam = team.sum(own.lam);
-    all.theta_by_lam = team.sum(own.theta_by_lam);
+    const GradientSums all = team.sum(own);
     const double k = load(arguments.k, problem), share = all.share(k);
     if (team.rank() == 0) {
       store(grad_k, problem, all.grad_k(k, root));
@@ -198,13 +193,12 @@ std::tuple<Tensor, Tensor, Tensor> prox_group_envelope(const Tensor& input_,
   dispatch_floating(x.scalar_type(), [&]<typename T>(T) {
     using A = accumulate_t<T>;
     const SumPlan plan(layout, columns_of_block<T>);
-    const RootPlan root(layout);
     const auto arguments = arguments_of<A>(given, layout, static_cast<Form>(form));
     const Tensor sums = group_products<T, false>(x, x, layout, plan, context);
-    launch(root.alone ? &prox_root_kernel<T, true> : &prox_root_kernel<T, false>, root.blocks,
-           root.threads, root.shared_bytes<A>(), context.stream, layout, input<T>(x),
-           input<double>(sums), plan.parts, root.remembered, arguments, output<A>(norms),
-           output<double>(roots), output<A>(scales));
+    launch_workers<A>(
+        layout, [](auto worker) { return &prox_root_kernel<T, worker.value>; }, true, x,
+        context.stream, layout, input<T>(x), input<double>(sums), plan.parts, arguments,
+        output<A>(norms), output<double>(roots), output<A>(scales));
     const int64_t count = x.numel(), blocks = element_blocks(count, sizeof(T));
     if (count == 0) return;
     if (layout.singles()) {
@@ -240,14 +234,14 @@ std::tuple<Tensor, Tensor, Tensor> prox_group_envelope_backward(
   dispatch_floating(x.scalar_type(), [&]<typename T>(T) {
     using A = accumulate_t<T>;
     const SumPlan plan(layout, columns_of_block<T>);
-    const RootPlan root(layout);
     const auto arguments = arguments_of<A>(given, layout, static_cast<Form>(form));
     const Tensor sums = group_products<T, true>(x, grad, layout, plan, context);
-    launch(root.alone ? &prox_gradient_sums_kernel<T, true> : &prox_gradient_sums_kernel<T, false>,
-           root.blocks, root.threads, 0, context.stream, layout, input<T>(x), input<T>(grad),
-           input<double>(sums), plan.parts, arguments, input<A>(norms), input<double>(roots),
-           output<double>(dots), output<double>(shares), output<double>(grad_k),
-           output<double>(grad_lam), output<A>(of_grad), output<A>(of_input));
+    launch_workers<A>(
+        layout, [](auto worker) { return &prox_gradient_sums_kernel<T, worker.value>; }, false, x,
+        context.stream, layout, input<T>(x), input<T>(grad), input<double>(sums), plan.parts,
+        arguments, input<A>(norms), input<double>(roots), output<double>(dots),
+        output<double>(shares), output<double>(grad_k), output<double>(grad_lam),
+        output<A>(of_grad), output<A>(of_input));
     const int64_t count = x.numel(), blocks = element_blocks(count, sizeof(T));
     if (count == 0) return;
     if (layout.singles()) {

@@ -1,6 +1,6 @@
 // The proximal operator of the group envelope in place in CUDA: the squares of all tensors, one block that finds
 // the root of each scope, one pass that scales all tensors. Three launches for each dtype's tensors, of which the
-// second serves all; nothing is read back by the host.
+// second serves all; scopes of very many groups have one more. Nothing is read back by the host.
 
 #include "core/cuda/kernel.h"
 #include "core/cuda/table.h"
@@ -110,14 +110,15 @@ struct PartsEntry {
   int64_t first_part, first_group, groups;
 };
 struct ScopeEntry {
-  int32_t begin, end;  // of the tensors
+  int32_t number;
+  int16_t begin, end;  // of the tensors
   int64_t first_group, groups;
 };
 
 template <int kScopes, int kTensors>
 struct ScopeTable {
-  int32_t first_scope, scopes_count, tensors_count;
-  int32_t remembered;  // the most groups of a scope that a block keeps in shared memory
+  int32_t scopes_count, tensors_count;
+  int64_t groups;  // the most of a scope
   ScopeEntry scopes[kScopes];
   PartsEntry tensors[kTensors];
 };
@@ -133,28 +134,24 @@ struct ScopeArguments {
 };
 
 // The squares of a tensor's groups, added to what is there; a warp each, or where the parts are few a thread.
+template <typename Who>
 FUSEE_DEVICE void add_squares(Global<const double> parts, const PartsEntry& entry,
-                              Global<double> squares, const Block& block) {
+                              Global<double> squares, const Who& team) {
   const Global<double> of_tensor = squares + entry.first_group;
   const Global<const double> known(of_tensor);
   const bool by_threads = entry.parts.count() <= 8;
-  for_each_sum(parts + entry.first_part, entry.parts, 0, entry.groups, by_threads, block,
+  for_each_sum(parts + entry.first_part, entry.parts, 0, entry.groups, by_threads, team,
                [&](int64_t j, double sum) {
-                 if (by_threads || block.lane() == 0) store(of_tensor, j, load(known, j) + sum);
+                 if (by_threads || team.lane() == 0) store(of_tensor, j, load(known, j) + sum);
                });
 }
 
-template <typename Scopes>
-__global__ void __launch_bounds__(kRootThreads, 1)
-    scope_root_kernel(const __grid_constant__ Scopes table, ScopeArguments given,
-                      Global<const double> parts, Global<double> norms, Global<double> scales,
-                      Global<int64_t> counts) {
-  FUSEE_SHARED(double, scratch, 32);
-  FUSEE_DYNAMIC_SHARED(Coefficients<double>, memory, table.remembered);
-  const ScopeEntry& scope = table.scopes[blockIdx.x];
-  const int64_t number = table.first_scope + static_cast<int64_t>(blockIdx.x);
+template <typename Who>
+FUSEE_DEVICE void find_scales(const ScopeEntry& scope, const PartsEntry* tensors,
+                              const ScopeArguments& given, Global<const double> parts,
+                              Global<double> norms, Global<double> scales, Global<int64_t> counts,
+                              const Who& team) {
   const int64_t count = scope.groups;
-  const Remembering<double> team{{scratch}, memory, count <= table.remembered ? count : 0};
   const Global<double> of_scope = norms + scope.first_group;
   const Global<const double> known(of_scope);
   const GroupArguments<double> arguments{
@@ -164,11 +161,11 @@ __global__ void __launch_bounds__(kRootThreads, 1)
       given.lam,
       count,
       given.form};
-  const Root root = find_root(arguments, number, known, team, [&](const auto& of) {
+  const Root root = find_root(arguments, scope.number, known, team, [&](const auto& of) {
     for (int64_t j = team.rank(); j < count; j += team.size()) store(of_scope, j, 0.0);
     team.barrier();
     for (int i = scope.begin; i < scope.end; ++i) {
-      add_squares(parts, table.tensors[i], norms, team);
+      add_squares(parts, tensors[i], norms, team);
       team.barrier();
     }
     for (int64_t j = team.rank(); j < count; j += team.size()) {
@@ -178,17 +175,27 @@ __global__ void __launch_bounds__(kRootThreads, 1)
     }
     team.barrier();
   });
-  const double lam = arguments.lam_of(number);
+  const double lam = arguments.lam_of(scope.number);
   double left = 0;
   for (int64_t j = team.rank(); j < count; j += team.size()) {
     const double norm = load(known, j);
-    const Group<double> group = arguments.group(number, j, lam);
+    const Group<double> group = arguments.group(scope.number, j, lam);
     const double scale = root.scale(group, norm, j);
     store(scales, scope.first_group + j, scale);
     left += norm != 0 && scale != 0 && group.weight != 0 ? 1 : 0;
   }
   left = team.sum(left);
-  if (team.rank() == 0) store(counts, number, static_cast<int64_t>(left));
+  if (team.rank() == 0) store(counts, scope.number, static_cast<int64_t>(left));
+}
+
+template <typename Scopes, Worker kWorker>
+__global__ void __launch_bounds__(kRootThreads, blocks_at_once(kWorker))
+    scope_root_kernel(WorkerMemory<double> memory, const __grid_constant__ Scopes table,
+                      ScopeArguments given, Global<const double> parts, Global<double> norms,
+                      Global<double> scales, Global<int64_t> counts) {
+  for_problem<double, kWorker>(memory, [&](const auto& team, int64_t i) {
+    find_scales(table.scopes[i], table.tensors, given, parts, norms, scales, counts, team);
+  });
 }
 
 // Memory is written only where it changes.
@@ -263,33 +270,58 @@ void for_each_type(const Scopes& all, const std::vector<TensorEntry>& entries, c
   }
 }
 
-// Calls run(table) for tables of all scopes: of one mostly.
-template <typename Table, typename Run>
+// Calls run(table) for tables of all scopes that `chosen` takes: of one mostly.
+template <typename Table, typename Chosen, typename Run>
 void for_each_scope_table(const Scopes& all, const std::vector<TensorEntry>& entries,
-                          const Run& run) {
+                          const Chosen& chosen, const Run& run) {
   Table table{};
-  auto flush = [&](size_t next) {
+  auto flush = [&] {
     if (table.scopes_count != 0) run(table);
-    table.first_scope = static_cast<int32_t>(next);
-    table.scopes_count = table.tensors_count = table.remembered = 0;
+    table.scopes_count = table.tensors_count = 0;
+    table.groups = 0;
   };
   for (size_t number = 0; number < all.scopes.size(); ++number) {
     const Scope& scope = all.scopes[number];
+    if (!chosen(scope)) continue;
     const int32_t tensors = static_cast<int32_t>(scope.end - scope.begin);
     constexpr int32_t kMost = std::extent_v<decltype(Table::tensors)>;
     FUSEE_REQUIRE(tensors <= kMost, "a scope may have ", kMost, " tensors, got ", tensors);
     if (table.scopes_count == static_cast<int32_t>(std::extent_v<decltype(Table::scopes)>) ||
         table.tensors_count + tensors > kMost)
-      flush(number);
+      flush();
     ScopeEntry& entry = table.scopes[table.scopes_count++];
-    entry = {table.tensors_count, table.tensors_count + tensors, scope.first_group, scope.groups};
-    if (scope.groups <= kMostRemembered)
-      table.remembered = std::max(table.remembered, static_cast<int32_t>(scope.groups));
+    entry = {static_cast<int32_t>(number), static_cast<int16_t>(table.tensors_count),
+             static_cast<int16_t>(table.tensors_count + tensors), scope.first_group, scope.groups};
+    table.groups = std::max(table.groups, scope.groups);
     for (size_t i = scope.begin; i < scope.end; ++i)
       table.tensors[table.tensors_count++] = {entries[i].parts(), entries[i].first_part,
                                               entries[i].first_group, entries[i].groups};
   }
-  flush(all.scopes.size());
+  flush();
+}
+
+// The scales of all scopes: of each by a block, of those with very many groups by all blocks, one after the other.
+template <typename Table, typename... Arguments>
+void launch_scopes(const Scopes& all, const std::vector<TensorEntry>& entries,
+                   const Context& context, const Arguments&... arguments) {
+  const int64_t large = std::count_if(all.scopes.begin(), all.scopes.end(), [](const Scope& scope) {
+    return by_all_blocks(1, scope.groups);
+  });
+  auto shared = [&](const Scope& scope) {
+    return by_all_blocks(std::max<int64_t>(1, large), scope.groups);
+  };
+  auto alone = [&](const Scope& scope) { return !shared(scope); };
+  for_each_scope_table<Table>(all, entries, alone, [&](const Table& table) {
+    const int64_t remembered = std::min(table.groups, kMostRemembered);
+    launch(&scope_root_kernel<Table, Worker::kBlock>, table.scopes_count, kRootThreads,
+           static_cast<size_t>(remembered) * sizeof(Coefficients<double>), context.stream,
+           WorkerMemory<double>{table.scopes_count, remembered, {}, {}}, table, arguments...);
+  });
+  for_each_scope_table<Table>(all, entries, shared, [&](const Table& table) {
+    launch_all_blocks<double>(&scope_root_kernel<Table, Worker::kAllBlocks>, table.scopes_count,
+                              table.groups, table.groups, all.k, context.stream, table,
+                              arguments...);
+  });
 }
 
 Tensor prox_group_envelope_(std::vector<Tensor> tensors, std::vector<int64_t> layout,
@@ -318,18 +350,16 @@ Tensor prox_group_envelope_(std::vector<Tensor> tensors, std::vector<int64_t> la
   });
   const ScopeArguments given{input<double>(all.weights), input<double>(all.k),
                              input<double>(all.lam), all.form};
-  auto find_roots = [&]<typename Table>(const Table& table) {
-    const size_t shared = static_cast<size_t>(table.remembered) * sizeof(Coefficients<double>);
-    launch(&scope_root_kernel<Table>, table.scopes_count, kRootThreads, shared, context.stream,
-           table, given, input<double>(parts), output<double>(norms), output<double>(scales),
-           output<int64_t>(counts));
+  auto find_roots = [&]<typename Table>() {
+    launch_scopes<Table>(all, entries, context, given, input<double>(parts), output<double>(norms),
+                         output<double>(scales), output<int64_t>(counts));
   };
   const bool few = all.scopes.size() <= std::extent_v<decltype(SmallScopes::scopes)> &&
                    all.tensors.size() <= std::extent_v<decltype(SmallScopes::tensors)>;
   if (few) {
-    for_each_scope_table<SmallScopes>(all, entries, find_roots);
+    find_roots.template operator()<SmallScopes>();
   } else {
-    for_each_scope_table<LargeScopes>(all, entries, find_roots);
+    find_roots.template operator()<LargeScopes>();
   }
   for_each_type(all, entries, [&]<typename T>(T, std::vector<TensorEntry> of_type) {
     for (TensorEntry& entry : of_type) entry = entry.elementwise();

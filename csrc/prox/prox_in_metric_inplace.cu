@@ -130,7 +130,7 @@ template <int kCapacity>
 __global__ void __launch_bounds__(kScopeThreads, 1)
     metric_step_kernel(const __grid_constant__ Table<MetricEntry, kCapacity> table,
                        const MetricState state, int64_t first_scope, Step step) {
-  FUSEE_SHARED(double, scratch, 32);
+  FUSEE_SHARED(double, scratch, Block::kScratch);
   const int64_t scope = first_scope + blockIdx.x;
   const ScopeStep<kCapacity> work(table, state, scratch, scope);
   if (work.empty()) {

@@ -102,6 +102,11 @@ FUSEE_DEVICE Sums<A> team_gradient(const Curve<kKind, A>& curve, const Entry& en
   return sums;
 }
 
+// The sum over the threads of a team.
+FUSEE_DEVICE double team_sum(const Share& share, double own, const Shared<double>& scratch) {
+  return share.ranges == 0 ? warp_sum(own) : block_sum(own, scratch);
+}
+
 template <Kind kKind, typename A, typename Entry>
 FUSEE_DEVICE void store_parameters(const Curve<kKind, A>& curve, const Entry& entry, int64_t row,
                                    double f, double t) {
@@ -121,10 +126,8 @@ __global__ void __launch_bounds__(kTableThreads, 2)
   if (team.row >= entry.rows) return;  // whole warps, of blocks without barriers
   const auto curve = curve_of<kKind, A>(entry, team.row);
   const Sums<A> sums = team_gradient<kKind, T>(curve, entry, team);
-  const double own_f = static_cast<double>(sums.f), own_t = static_cast<double>(sums.t);
-  const bool by_warp = entry.ranges == 0;
-  const double f = by_warp ? warp_sum(own_f) : block_sum(own_f, scratch);
-  const double t = by_warp ? warp_sum(own_t) : block_sum(own_t, scratch);
+  const double f = team_sum(entry, static_cast<double>(sums.f), scratch);
+  const double t = team_sum(entry, static_cast<double>(sums.t), scratch);
   if (team.rank != 0) return;
   if (entry.ranges > 1) {
     store(partial, block, f);
@@ -134,7 +137,7 @@ __global__ void __launch_bounds__(kTableThreads, 2)
   }
 }
 
-// The sums that the blocks of a row left, each row's a warp's.
+// The sums that the blocks of a row left: a warp's for each row, or a block's where they are many.
 struct PartialEntry : Share {
   int64_t first;
   const void *a, *b;
@@ -146,17 +149,18 @@ __global__ void __launch_bounds__(kTableThreads, 2)
     parameter_kernel(const __grid_constant__ Table<PartialEntry, kCapacity> table,
                      Global<const double> partial, int64_t count) {
   const int block = static_cast<int>(blockIdx.x);
+  FUSEE_SHARED(double, scratch, 32);
   const PartialEntry& entry = table.entries[table.find(block)];
   const Team team(entry, block);
-  if (team.row >= entry.rows) return;
+  if (team.row >= entry.rows) return;  // whole warps, of blocks without barriers
   double f = 0, t = 0;
   const int64_t first = entry.first + team.row * entry.length;
   for (int64_t i = team.rank; i < entry.length; i += team.size) {
     f += load(partial, first + i);
     t += load(partial, count + first + i);
   }
-  f = warp_sum(f);
-  t = warp_sum(t);
+  f = team_sum(entry, f, scratch);
+  t = team_sum(entry, t, scratch);
   if (team.rank == 0) store_parameters(curve_of<kKind, A>(entry, team.row), entry, team.row, f, t);
 }
 
@@ -202,7 +206,7 @@ void add_partial(const Table<Entry, kCapacity>& table, const Tensor& partial,
   for (int i = 0; i < table.count; ++i) {
     const Entry& entry = table.entries[i];
     if (entry.ranges > 1)
-      entries.push_back({{entry.rows, entry.ranges, 0},
+      entries.push_back({{entry.rows, entry.ranges, entry.ranges > kTableThreads / 2 ? 1 : 0},
                          entry.first_block,
                          entry.a,
                          entry.b,

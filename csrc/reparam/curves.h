@@ -83,7 +83,7 @@ struct Curve<Kind::kArctan, A> : Scaled<A> {
     const A x = (inside ? n : this->b) / (inside ? this->b : n);
     const A z = x * x;
     const A angle = x + x * (z * OddSeries<A>::arctan(z));
-    const A r = A(1) / (A(1) + z);
+    const A r = quick_inverse(A(1) + z);
     return {inside ? r : z * r, inside ? angle : Range<A>::kHalfPi - angle, x * r};
   }
 };
@@ -123,7 +123,7 @@ struct Curve<Kind::kTanh, A> : Scaled<A> {
     const A z = t * t;
     const A near = t + t * (z * OddSeries<A>::tanh(z));
     const A four_q = decayed(A(4), n);
-    const A r = A(1) / (A(1) + A(0.25) * four_q);
+    const A r = quick_inverse(A(1) + A(0.25) * four_q);
     const bool inside = t <= A(1);
     const A f = inside ? near : A(1) - A(0.5) * four_q * r;
     const A derivative = inside ? A(1) - near * near : four_q * r * r;

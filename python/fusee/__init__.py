@@ -21,10 +21,13 @@ from fusee.prox.prox_group_envelope import prox_group_envelope
 from fusee.reparam.compand import compand
 from fusee.reparam.compand_foreach import compand_foreach
 from fusee.reparam.compand_inverse import compand_inverse
+from fusee.transport.result import TransportResult
+from fusee.transport.sinkhorn_newton import sinkhorn_newton, sinkhorn_newton_samples
 
 __version__ = "0.1.0"
 __all__ = [
     "GroupTable",
+    "TransportResult",
     "compand",
     "compand_foreach",
     "compand_inverse",
@@ -39,6 +42,8 @@ __all__ = [
     "project_top_k_nonnegative",
     "project_top_k_simplex",
     "prox_group_envelope",
+    "sinkhorn_newton",
+    "sinkhorn_newton_samples",
     "stablemax",
     "stablemax_cross_entropy",
 ]

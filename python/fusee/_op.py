@@ -73,10 +73,15 @@ class Op:
             devices without an engine, and the source of every derivative that is not given.
         vmap: as in ``torch.library.register_vmap``.
         differentiable: the positions of the arguments that have gradients, and of the outputs.
-        backward: ``backward(ctx, args, constants, *grads)`` returns a gradient or None for each
-            argument, as in ``torch.library.register_autograd``; ``args`` are the arguments, and
-            ``constants`` the outputs without gradients. It calls differentiable functions only.
-            Without it the derivative is that of the reference.
+        saved: the positions of the outputs that the derivatives need; by default those without
+            gradients. One that has a gradient carries higher orders through itself.
+        backward: ``backward(ctx, args, saved, *grads)`` returns a gradient or None for each argument,
+            as in ``torch.library.register_autograd``; ``args`` are the arguments, and ``saved`` the
+            saved outputs. It calls differentiable functions only. Without it the derivative is that of
+            the reference.
+        jvp: ``jvp(args, saved, *tangents)`` returns a tangent for each output that has a gradient;
+            ``tangents`` has one, or None, for each argument that has one. Without it forward mode takes
+            the derivative of the reference.
         sharding: how a DTensor may be sharded, as in
             ``torch.distributed.tensor.experimental.register_sharding``; without it the operator does not
             take DTensors.
@@ -90,7 +95,9 @@ class Op:
         reference: Callable[..., Any],
         vmap: Callable[..., Any],
         differentiable: tuple[Sequence[int], Sequence[int]] = ((), ()),
+        saved: Sequence[int] | None = None,
         backward: Callable[..., Any] | None = None,
+        jvp: Callable[..., Any] | None = None,
         sharding: Callable[..., Any] | None = None,
     ) -> None:
         self.name = name
@@ -107,7 +114,7 @@ class Op:
             _shardings.append((self.overload, sharding))
         self._function: type[torch.autograd.Function] | None = None
         if differentiable[0]:
-            self._function = _make_function(name, self, *differentiable, backward)
+            self._function = _make_function(name, self, *differentiable, saved, backward, jvp)
             torch.library.register_autograd(
                 qualified, self._function.backward, setup_context=self._function.setup_context
             )
@@ -165,7 +172,9 @@ def _make_function(
     op: Op,
     inputs_with_grad: Sequence[int],
     outputs_with_grad: Sequence[int],
+    saved_outputs: Sequence[int] | None,
     backward: Callable[..., Any] | None,
+    forward_mode: Callable[..., Any] | None,
 ) -> type[torch.autograd.Function]:
     """The autograd.Function of an operator; its backward serves ``register_autograd`` too."""
 
@@ -179,9 +188,11 @@ def _make_function(
         ctx.set_materialize_grads(False)
         ctx.others = [None if isinstance(value, Tensor) else value for value in inputs]
         ctx.places = [i for i, value in enumerate(inputs) if isinstance(value, Tensor)]
+        ctx.number_of_outputs = len(outputs)
         tensors = [inputs[i] for i in ctx.places]
-        ctx.save_for_backward(*tensors, *constants)
-        ctx.save_for_forward(*tensors, *constants)
+        saved = constants if saved_outputs is None else [outputs[i] for i in saved_outputs]
+        ctx.save_for_backward(*tensors, *saved)
+        ctx.save_for_forward(*tensors, *saved)
 
     def restore(ctx: Any) -> tuple[tuple[Any, ...], tuple[Tensor, ...]]:
         saved = ctx.saved_tensors
@@ -194,9 +205,9 @@ def _make_function(
         carried = [grads[i] for i in outputs_with_grad]
         if all(grad is None for grad in carried):
             return (None,) * len(ctx.others)
-        args, constants = restore(ctx)
+        args, saved = restore(ctx)
         if backward is not None:
-            return backward(ctx, args, constants, *carried)
+            return backward(ctx, args, saved, *carried)
         function, tensors = _of_tensors(op.reference, args, inputs_with_grad, outputs_with_grad)
         outputs, pull = _vjp(function, *tensors)
         cotangents = tuple(
@@ -210,18 +221,14 @@ def _make_function(
         )
 
     def jvp(ctx: Any, *tangents: Tensor | None) -> Any:
-        args, constants = restore(ctx)
-        function, tensors = _of_tensors(op.reference, args, inputs_with_grad, outputs_with_grad)
-        given = [tangents[i] for i in inputs_with_grad if _has_gradient(args[i])]
-        directions = tuple(
-            torch.zeros_like(tensor) if tangent is None else tangent
-            for tensor, tangent in zip(tensors, given, strict=True)
-        )
-        # J t as the transpose of the transpose: forward mode does not nest within itself.
-        outputs, pull = _vjp(function, *tensors)
-        _, push = _vjp(pull, tuple(torch.zeros_like(out) for out in outputs))
-        (derivatives,) = push(directions)
-        result: list[Tensor | None] = [None] * (len(outputs_with_grad) + len(constants))
+        args, saved = restore(ctx)
+        if forward_mode is not None:
+            derivatives = forward_mode(args, saved, *(tangents[i] for i in inputs_with_grad))
+        else:
+            function, tensors = _of_tensors(op.reference, args, inputs_with_grad, outputs_with_grad)
+            given = [tangents[i] for i in inputs_with_grad if _has_gradient(args[i])]
+            derivatives = push_forward(function, tensors, given)
+        result: list[Tensor | None] = [None] * ctx.number_of_outputs
         for i, derivative in zip(outputs_with_grad, derivatives, strict=True):
             result[i] = derivative
         return tuple(result) if len(result) > 1 else result[0]
@@ -234,6 +241,23 @@ def _make_function(
         "jvp": staticmethod(jvp),
     }
     return type(f"Fusee_{name}", (torch.autograd.Function,), members)
+
+
+def push_forward(
+    function: Callable[..., Any], tensors: Sequence[Tensor], tangents: Sequence[Tensor | None]
+) -> Any:
+    """The derivative of a function's tuple of results along tangents, where None is zero.
+
+    It is J t as the transpose of the transpose: forward mode does not nest within itself.
+    """
+    directions = tuple(
+        torch.zeros_like(tensor) if tangent is None else tangent
+        for tensor, tangent in zip(tensors, tangents, strict=True)
+    )
+    outputs, pull = _vjp(function, *tensors)
+    _, push = _vjp(pull, tuple(torch.zeros_like(out) for out in outputs))
+    (derivatives,) = push(directions)
+    return derivatives
 
 
 def _has_gradient(value: Any) -> bool:

@@ -36,28 +36,23 @@ class BlockRow {
   // f(j, x_j, y_j) for the thread's elements; flush() after every few of them.
   template <typename F, typename Flush>
   FUSEE_DEVICE void visit(F&& f, Flush&& flush) {
-    walk([&](int64_t at, auto count) {
-      constexpr int M = decltype(count)::value;
-      A x[M], y[M];
-      read(at, x, y);
-      for (int i = 0; i < M; ++i) f(at - begin_ + i, x[i], y[i]);
+    walk<Data::kTwo ? 1 : 2>([&]<int M>(int64_t at, const A(&x)[M], const A(&y)[M]) {
+      for (int i = 0; i < M; ++i) f(Place(at - begin_, i), x[i], y[i]);
       flush();
     });
-    cached_ = Data::kCache && fits();
+    cached_ = Data::kCache;
   }
 
   // output_j = f(j, x_j, y_j).
   template <typename F>
   FUSEE_DEVICE void transform(F&& f) {
-    walk([&](int64_t at, auto count) {
-      constexpr int M = decltype(count)::value;
-      A x[M], y[M];
-      read(at, x, y);
+    walk<1>([&]<int M>(int64_t at, const A(&x)[M], const A(&y)[M]) {
       if constexpr (M == 1) {
-        store(data_.output, at, static_cast<T>(f(at - begin_, x[0], y[0])));
+        store(data_.output, at, static_cast<T>(f(Place(at - begin_), x[0], y[0])));
       } else {
         Vector<T, M> result;
-        for (int i = 0; i < M; ++i) result[i] = static_cast<T>(f(at - begin_ + i, x[i], y[i]));
+        for (int i = 0; i < M; ++i)
+          result[i] = static_cast<T>(f(Place(at - begin_, i), x[i], y[i]));
         store(data_.output, at, result);
       }
     });
@@ -66,9 +61,7 @@ class BlockRow {
   FUSEE_DEVICE void finish() {}
 
   static size_t shared_bytes(const RowShape& shape) {
-    if (!Data::kCache) return 0;
-    const size_t bytes = cache_bytes<T>(shape) + (Data::kTwo ? cache_bytes<U>(shape) : 0);
-    return bytes <= kMaxCachedBytes ? bytes : 0;
+    return static_cast<size_t>(cached_elements(shape)) * kElementBytes;
   }
   static dim3 grid(const RowShape& shape) { return dim3(static_cast<unsigned>(shape.outer)); }
   static dim3 block(const RowShape& shape) {
@@ -78,56 +71,71 @@ class BlockRow {
   }
 
  private:
-  template <typename V>
-  static FUSEE_HOST_DEVICE size_t cache_bytes(const RowShape& shape) {
+  static constexpr int kElementBytes = sizeof(T) + (Data::kTwo ? sizeof(U) : 0);
+
+  // How many elements of the row the cache holds, from its first vector on: the last ones of a long row
+  // are read again, soon enough to find them in the L2 cache.
+  static FUSEE_HOST_DEVICE int64_t cached_elements(const RowShape& shape) {
+    if (!Data::kCache) return 0;
     // The row starts anywhere within a vector; whole vectors on both sides keep the copies aligned.
-    constexpr int64_t N = vector_width<T>;
-    return static_cast<size_t>((shape.length + 2 * N) / N * N) * sizeof(V);
-  }
-  FUSEE_DEVICE bool fits() const {
-    return cache_bytes<T>(data_.shape) + (Data::kTwo ? cache_bytes<U>(data_.shape) : 0) <=
-           kMaxCachedBytes;
+    constexpr int64_t N = vector_width<T>, kMost = kMaxCachedBytes / kElementBytes / N * N;
+    const int64_t all = (shape.length + 2 * N) / N * N;
+    return all < kMost ? all : kMost;
   }
 
-  template <typename F>
-  FUSEE_DEVICE void walk(F&& f) const {
-    for_each_vector<vector_width<T>>(
+  // Calls f(at, x, y) with arrays of one or more elements of the row from index `at` on.
+  template <int kUnroll, typename F>
+  FUSEE_DEVICE void walk(F&& f) {
+    if (Data::kCache && cached_) {
+      walk<kUnroll, true>(f);
+    } else {
+      walk<kUnroll, false>(f);
+    }
+  }
+  template <int kUnroll, bool kCached, typename F>
+  FUSEE_DEVICE void walk(F& f) {
+    constexpr int N = vector_width<T>;
+    auto run = [&]<int M>(int64_t at, std::integral_constant<int, M>) {
+      A x[M], y[M];
+      read<kCached>(at, x, y);
+      f(at, x, y);
+    };
+    for_each_vector<N, kUnroll>(
         data_.x, begin_, begin_ + data_.shape.length, static_cast<int>(threadIdx.x),
         static_cast<int>(blockDim.x),
-        [&](int64_t at) { f(at, std::integral_constant<int, vector_width<T>>{}); },
-        [&](int64_t at) { f(at, std::integral_constant<int, 1>{}); });
+        [&](int64_t at) { run(at, std::integral_constant<int, N>{}); },
+        [&](int64_t at) { run(at, std::integral_constant<int, 1>{}); });
   }
 
   // A thread meets the same elements in every walk, so it reads back only what it cached itself, and
   // no barrier is needed.
-  template <int M>
-  FUSEE_DEVICE void read(int64_t at, A (&x)[M], A (&y)[M]) {
+  template <bool kCached, int M>
+  FUSEE_DEVICE void read(int64_t at, A (&x)[M], A (&y)[M]) const {
     for (int i = 0; i < M; ++i) y[i] = 0;
+    const int64_t count = cached_elements(data_.shape);
+    const int64_t place = at - begin_ / vector_width<T> * vector_width<T>;
+    const bool in_cache = place < count;
+    if (!kCached || !in_cache) {
+      detail::read_elements(data_.x, at, x);
+      if constexpr (Data::kTwo) detail::read_elements(data_.y, at, y);
+    }
     if constexpr (Data::kCache) {
-      const int64_t place = at - begin_ / vector_width<T> * vector_width<T>;
-      const size_t x_bytes = cache_bytes<T>(data_.shape);
-      if (fits()) {
-        FUSEE_DYNAMIC_SHARED(T, x_cache, x_bytes / sizeof(T));
-        if (cached_) {
-          detail::read_cached(x_cache, place, x);
-        } else {
-          detail::read_elements(data_.x, at, x);
-          detail::write_cache(x_cache, place, x);
-        }
-        if constexpr (Data::kTwo) {
-          FUSEE_DYNAMIC_SHARED_AT(U, y_cache, cache_bytes<U>(data_.shape) / sizeof(U), x_bytes);
-          if (cached_) {
-            detail::read_cached(y_cache, place, y);
-          } else {
-            detail::read_elements(data_.y, at, y);
-            detail::write_cache(y_cache, place, y);
-          }
-        }
-        return;
+      if (!in_cache) return;
+      FUSEE_DYNAMIC_SHARED(T, x_cache, count);
+      through_cache<kCached>(x_cache, place, x);
+      if constexpr (Data::kTwo) {
+        FUSEE_DYNAMIC_SHARED_AT(U, y_cache, count, static_cast<size_t>(count) * sizeof(T));
+        through_cache<kCached>(y_cache, place, y);
       }
     }
-    detail::read_elements(data_.x, at, x);
-    if constexpr (Data::kTwo) detail::read_elements(data_.y, at, y);
+  }
+  template <bool kCached, int M, typename V>
+  FUSEE_DEVICE void through_cache(const Shared<V>& cache, int64_t place, A (&values)[M]) const {
+    if constexpr (kCached) {
+      detail::read_cached(cache, place, values);
+    } else {
+      detail::write_cache(cache, place, values);
+    }
   }
 
   const Data& data_;

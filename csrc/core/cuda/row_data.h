@@ -27,6 +27,20 @@ struct RowData {
   RowShape shape;
 };
 
+// Where an element stands in its row: at a number known where the loop is unrolled beyond another, so
+// that the comparison is one instruction for each element.
+struct Place {
+  int64_t first;
+  int offset;
+
+  FUSEE_DEVICE Place(int64_t first_, int offset_ = 0) : first(first_), offset(offset_) {}
+  FUSEE_DEVICE operator int64_t() const { return first + offset; }
+  FUSEE_DEVICE bool is(int64_t place) const {
+    const int64_t from_first = place - first;
+    return static_cast<int>(from_first) == offset && from_first >> 32 == 0;
+  }
+};
+
 // Passed to visit where sums need no intermediate step.
 struct NoFlush {
   FUSEE_DEVICE void operator()() const {}

@@ -12,7 +12,8 @@ namespace cuda {
 // element of [begin, end). Neighbouring threads get neighbouring runs, so a warp's accesses
 // coalesce. Alignment is that of the true address of `memory`; where several arrays are walked at
 // once, all must be congruent to it (`same_alignment`), or the caller passes N = 1.
-template <int N, typename T, typename VectorFunction, typename ScalarFunction>
+// kUnroll runs follow each other without a branch, so that their loads overlap.
+template <int N, int kUnroll = 1, typename T, typename VectorFunction, typename ScalarFunction>
 FUSEE_DEVICE void for_each_vector(Global<T> memory, int64_t begin, int64_t end, int thread,
                                   int threads, VectorFunction&& vector, ScalarFunction&& scalar) {
   if constexpr (N == 1) {
@@ -25,12 +26,19 @@ FUSEE_DEVICE void for_each_vector(Global<T> memory, int64_t begin, int64_t end, 
     const int64_t tail = body + ((end - body) & ~static_cast<int64_t>(N - 1));
     // The head and the tail hold fewer than N elements each, so one round of the threads mostly
     // does.
-    for (int64_t i = begin + thread; i < body; i += threads) scalar(i);
-    for (int64_t i = body + static_cast<int64_t>(thread) * N; i < tail;
-         i += static_cast<int64_t>(threads) * N) {
-      vector(i);
+    for (int64_t j = begin + thread; j < body; j += threads) scalar(j);
+    const int64_t step = static_cast<int64_t>(threads) * N;
+    int64_t i = body + static_cast<int64_t>(thread) * N;
+    if constexpr (kUnroll > 1) {
+      for (; i + (kUnroll - 1) * step < tail; i += kUnroll * step) {
+#if defined(__CUDACC__)
+#pragma unroll
+#endif
+        for (int k = 0; k < kUnroll; ++k) vector(i + k * step);
+      }
     }
-    for (int64_t i = tail + thread; i < end; i += threads) scalar(i);
+    for (; i < tail; i += step) vector(i);
+    for (int64_t j = tail + thread; j < end; j += threads) scalar(j);
   }
 }
 

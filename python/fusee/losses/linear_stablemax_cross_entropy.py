@@ -355,8 +355,11 @@ def linear_stablemax_cross_entropy(
     class_weight = check_class_weight(weight, classes, input)
     checked = check_target(target, input, input.dim() - 1, ignore_index)
     rows = math.prod(input.shape[:-1])
+    # Gradients that are made in the forward pass save a product, and are added chunk by chunk, which
+    # costs a GPU more than the product does.
     made: tuple[bool, ...] = (False,) * 3
-    if number != 0 and input.dtype in (torch.float32, torch.float64):
+    on_cpu = input.device.type == "cpu"
+    if on_cpu and number != 0 and input.dtype in (torch.float32, torch.float64):
         made = backward_follows(input, linear_weight, linear_bias)
     loss, _, info, *_ = _linear_stablemax_cross_entropy(
         input.reshape(rows, input.shape[-1]),

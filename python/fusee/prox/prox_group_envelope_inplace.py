@@ -179,8 +179,8 @@ def prox_group_envelope_(
     r"""Applies :func:`fusee.prox_group_envelope` in place, to all tensors of a model in one call.
 
     A scope is a set of groups that share one k. On CUDA a call is three launches, of squares, roots and
-    scaling, whatever the number of tensors (the first and the last for each dtype), and nothing is read
-    back from the device.
+    scaling, whatever the number of tensors (the first and the last for each dtype; one more where scopes
+    have very many groups), and nothing is read back from the device.
 
     Args:
         tensors: a tensor, or several of any shapes; float32, float64, bfloat16 or float16, also mixed;

@@ -1,0 +1,1 @@
+"""Optimal transport. The functions are in :mod:`fusee`."""
