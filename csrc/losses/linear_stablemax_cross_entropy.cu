@@ -198,12 +198,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_stablemax_cros
     const Tensor info = empty(input_, {2}, ScalarType::Double);
     const Tensor loss = reduction == kReductionNone ? losses : empty(input_, {}, type);
     auto gradients = call.gradients(wanted);
-    // Gradients that are made here are made by chunks of rows, which have all classes.
-    if (std::is_same_v<T, A> && wanted.any()) {
+    if constexpr (std::is_same_v<T, A>) {
       const Tensor grad = empty(input_, {1}, type);
-      call.reduce(losses, kReductionNone, loss, info);
-      launch(unit_gradient<A>, 1, 1, 0, context.stream, input<double>(info), reduction,
-             output<A>(grad));
+      if (wanted.any()) {
+        call.reduce(losses, kReductionNone, loss, info);
+        launch(unit_gradient<A>, 1, 1, 0, context.stream, input<double>(info), reduction,
+               output<A>(grad));
+      }
       layer.for_each_row_chunk([&](int64_t first, int64_t n, const Tensor& tensor) {
         const Target<A> part = call.part(first, 0, tensor);
         const Logits<T> logits = call.logits(tensor);
@@ -212,9 +213,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_stablemax_cros
         launch_rows(Forward<Logits<T>>{logits, part, output<A>(losses) + first,
                                        output<A>(stats) + 2 * first, output<double>(totals)},
                     context.stream);
-        launch_rows(
-            Backward<Logits<T>>{logits, part, input<A>(grad), 0, input<A>(stats) + 2 * first},
-            context.stream);
+        if (wanted.any())
+          launch_rows(
+              Backward<Logits<T>>{logits, part, input<A>(grad), 0, input<A>(stats) + 2 * first},
+              context.stream);
         gradients.add_row_chunk(first, n, tensor);
       });
     } else {

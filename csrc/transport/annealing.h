@@ -16,6 +16,8 @@ inline namespace FUSEE_ENGINE_NAMESPACE {
 
 constexpr int kStages = 48;
 constexpr int kStageNumbers = 7;
+// The relative error with which a stage but the last is left.
+constexpr double kGoal = 1e-2;
 
 enum class Action : int32_t { kSinkhorn, kNewton, kTrial, kDone };
 
@@ -24,7 +26,7 @@ struct Annealing {
   double last_reg, tolerance, mass;
   int64_t max_iterations;
 
-  double reg = 0, damping = 0, step = 1, fineness = 0.1;
+  double first_reg = 0, reg = 0, damping = 0, step = 1, fineness = 0.1;
   double objective = 0, error = 0;
   // The share of the plan's entries in the last equations, or what it is likely to be.
   double density = 1;
@@ -33,16 +35,19 @@ struct Annealing {
   // The iteration in which the error was last at most half of `best`.
   double best = 0;
   int32_t best_at = 0;
-  bool stopping = false;
+  bool trying = false, stopping = false;
   Action action = Action::kSinkhorn;
   double reports[kStages][kStageNumbers] = {};
 
+  // Where potentials are given, which may be those of a similar problem, the last regularisation is tried first.
   FUSEE_HOST_DEVICE Annealing(double reg_, double range, double tolerance_, double mass_,
-                              int64_t max_iterations_)
+                              int64_t max_iterations_, bool given)
       : last_reg(reg_), tolerance(tolerance_), mass(mass_), max_iterations(max_iterations_) {
     constexpr double kFirst = 40;
-    reg = last_reg;
-    for (int k = 1; k < kStages && reg < range / kFirst; ++k) reg *= 2;
+    first_reg = last_reg;
+    for (int k = 1; k < kStages && first_reg < range / kFirst; ++k) first_reg *= 2;
+    trying = given;
+    reg = trying ? last_reg : first_reg;
     begin_stage(5);
   }
 
@@ -61,8 +66,14 @@ struct Annealing {
 
   // After the first evaluation, and after one that follows a step of Sinkhorn's.
   FUSEE_HOST_DEVICE void begin(double objective_, double error_) {
-    take(objective_, error_);
-    if (stopping) action = Action::kDone;
+    if (trying && !(error_ <= kGoal * mass)) {
+      reg = first_reg;
+      begin_stage(5);
+    } else {
+      take(objective_, error_);
+      if (stopping) action = Action::kDone;
+    }
+    trying = false;
   }
 
   FUSEE_HOST_DEVICE void after_sinkhorn(double objective_, double error_) {
@@ -118,10 +129,7 @@ struct Annealing {
   }
 
  private:
-  FUSEE_HOST_DEVICE double goal() const {
-    constexpr double kGoal = 1e-2;
-    return last() ? tolerance : kGoal * mass;
-  }
+  FUSEE_HOST_DEVICE double goal() const { return last() ? tolerance : kGoal * mass; }
 
   // Whether steps of Sinkhorn's reach the goal sooner than Newton's. Those cost as many of them as the plan
   // has entries that count, and lead further into the next stage.

@@ -61,8 +61,8 @@ static __global__ void __launch_bounds__(kMostThreads, 1)
   if (thread_rank() != 0) return;
   const double range = low != low || high - low > 0 ? high - low : 0;
   const double reg = load(s.last_reg, item);
-  Annealing& machine = *new (s.machine.data + item)
-                           Annealing(reg, range, tolerance, mass > 0 ? mass : 1, max_iterations);
+  Annealing& machine = *new (s.machine.data + item) Annealing(
+      reg, range, tolerance, mass > 0 ? mass : 1, max_iterations, static_cast<bool>(first));
   const bool possible = range < kInfinity && mass < kInfinity;
   if (!possible) machine.action = Action::kDone;
   store(s.scale, item, Scale{machine.reg, 1});

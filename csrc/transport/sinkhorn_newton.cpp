@@ -60,8 +60,9 @@ class Solver {
         gradient_(problem.m),
         direction_(problem.m),
         tolerance_(tolerance),
-        max_iterations_(max_iterations) {
-    if (g != nullptr) std::copy_n(g, p_.m, point_.g.begin());
+        max_iterations_(max_iterations),
+        given_(g != nullptr) {
+    if (given_) std::copy_n(g, p_.m, point_.g.begin());
   }
 
   void run(const Solution& out) {
@@ -70,27 +71,14 @@ class Solver {
     for (int64_t j = 0; j < p_.m; ++j) mass += p_.b[j] != p_.b[j] ? kNaN : 0;
     const double range = range_of_costs(p_);
     if (!(range < kInfinity && mass < kInfinity)) return give_nothing(out);
-    Annealing state(p_.reg, range, tolerance_, mass > 0 ? mass : 1, max_iterations_);
-    semidual_.set_reg(state.reg);
-    evaluate(point_);
-    if (!feasible()) return give_nothing(out);
-    state.begin(point_.objective, point_.error);
-    while (state.action != Action::kDone) {
-      if (state.action == Action::kSinkhorn) {
-        semidual_.sinkhorn(point_);
-        evaluate(point_);
-        state.after_sinkhorn(point_.objective, point_.error);
-      } else if (state.action == Action::kNewton) {
-        solve(state);
-      } else {
-        try_step(state);
-      }
-      if (state.action != Action::kDone && state.reg != semidual_.reg()) {
-        semidual_.set_reg(state.reg);
-        evaluate(point_);
-        state.begin(point_.objective, point_.error);
-      }
-    }
+    Annealing state(p_.reg, range, tolerance_, mass > 0 ? mass : 1, max_iterations_, given_);
+    do {
+      semidual_.set_reg(state.reg);
+      evaluate(point_);
+      if (!feasible()) return give_nothing(out);
+      state.begin(point_.objective, point_.error);
+      while (state.action != Action::kDone && state.reg == semidual_.reg()) go_on(state);
+    } while (state.action != Action::kDone);
     give(state, out);
   }
 
@@ -98,6 +86,18 @@ class Solver {
   void evaluate(Point& at) {
     semidual_.evaluate(at);
     semidual_.translate(at);
+  }
+
+  void go_on(Annealing& state) {
+    if (state.action == Action::kSinkhorn) {
+      semidual_.sinkhorn(point_);
+      evaluate(point_);
+      state.after_sinkhorn(point_.objective, point_.error);
+    } else if (state.action == Action::kNewton) {
+      solve(state);
+    } else {
+      try_step(state);
+    }
   }
 
   // Whether every point with mass can go to or come from another.
@@ -233,6 +233,7 @@ class Solver {
   std::vector<double> gradient_, direction_;
   double slope_ = 0, tolerance_;
   int64_t max_iterations_;
+  bool given_;
 };
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> sinkhorn_newton(

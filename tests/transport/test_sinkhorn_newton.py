@@ -197,7 +197,6 @@ def test_first_potentials() -> None:
         torch.testing.assert_close(plan, cold.plan, rtol=0, atol=1e-11)
 
 
-@pytest.mark.xfail(not EMULATED, reason="the kernels anneal whatever they begin with")
 def test_first_potentials_save_iterations() -> None:
     problem = FAMILIES["random"](40, 30)
     cold = _solve(problem, 0.01)
