@@ -306,6 +306,9 @@ _NOT_APPLICABLE = {
     "third_order": "the value has two orders",
     **_because("the number of passes depends on the numbers", "traffic", "cuda_kernels"),
 }
+if fusee.engine("cpu") == "emulated":
+    reason = "thousands of solves for finite differences, which the other engines do"
+    _NOT_APPLICABLE |= _because(reason, "gradcheck", "gradgradcheck")
 _TRACED = _because(
     "traced as sinkhorn_newton is, with one operator more",
     "recompilations",
