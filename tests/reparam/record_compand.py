@@ -228,7 +228,7 @@ _CHANNEL_TRAFFIC = (
 )
 
 
-KERNELS = (CudaKernel("compand_kernel<"), CudaKernel("gradient_kernel<"))
+KERNELS = (CudaKernel("compand_kernel<"), CudaKernel(r"\bgradient_kernel<"))
 
 
 def _sized(make: Maker, n: int) -> Arguments:
