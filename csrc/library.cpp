@@ -109,7 +109,7 @@ STABLE_TORCH_LIBRARY(fusee, m) {
   // The gradient of the sum of P (left + right) C in x and y, for fixed P; and the sums of P / a over
   // right and of P / b over left.
   m.def(
-      "transport_gradient(Tensor x, Tensor? y, int metric, Tensor a, Tensor b, Tensor reg, "
+      "transport_plan_gradient(Tensor x, Tensor? y, int metric, Tensor a, Tensor b, Tensor reg, "
       "Tensor f, Tensor g, Tensor left, Tensor right) "
       "-> (Tensor grad_x, Tensor grad_y, Tensor row_sums, Tensor column_sums)");
 }

@@ -53,7 +53,7 @@ def case(name: str, family: str, n: int, eta: float) -> Case:
     written = 0 if name == "transport_solve" else bytes_of_costs
     expression, vectors, label = {
         "transport_plan": (eager_plan, (), EAGER),
-        "transport_gradient": (eager_gradient, ("left", "right"), EAGER),
+        "transport_plan_gradient": (eager_gradient, ("left", "right"), EAGER),
         "transport_solve": (dense_solve, ("p", "q"), DENSE),
     }[name]
     return Case(
@@ -69,7 +69,7 @@ def case(name: str, family: str, n: int, eta: float) -> Case:
     )
 
 
-OPERATORS = ("transport_plan", "transport_gradient", "transport_solve")
+OPERATORS = ("transport_plan", "transport_plan_gradient", "transport_solve")
 test_transport_operators = bench_cases(
     [
         *(case(name, "random", 500, 1200) for name in OPERATORS),

@@ -81,12 +81,12 @@ def test_slowest_is_one_problem_of_the_batch() -> None:
 @pytest.mark.parametrize("name", OPERATORS)
 def test_operators_agree(name: str) -> None:
     torch.manual_seed(0)
-    vectors = {"transport_gradient": ("left", "right"), "transport_solve": ("p", "q")}
+    vectors = {"transport_plan_gradient": ("left", "right"), "transport_solve": ("p", "q")}
     inputs = solved("clouds in 2-D", 12, 1 / REG, "cpu", *vectors.get(name, ()))
     ours = operator(name)()(**inputs)
     if name == "transport_plan":
         pairs = [(ours, peers.eager_plan(**inputs))]
-    elif name == "transport_gradient":
+    elif name == "transport_plan_gradient":
         pairs = list(zip((ours[0], *ours[2:]), peers.eager_gradient(**inputs), strict=True))
     else:  # up to the constant between u and v
         u, v = (each.squeeze(0) for each in ours)

@@ -22,7 +22,8 @@ constexpr double kGoal = 1e-2;
 enum class Action : int32_t { kSinkhorn, kNewton, kTrial, kDone };
 
 struct Annealing {
-  // Given: the last regularisation, the error to be reached, the mass, and how many iterations may be taken.
+  // Given: the last regularisation, the error to be reached for a unit of mass, the mass, and how many
+  // iterations may be taken.
   double last_reg, tolerance, mass;
   int64_t max_iterations;
 
@@ -42,10 +43,13 @@ struct Annealing {
   // Where potentials are given, which may be those of a similar problem, the last regularisation is tried first.
   FUSEE_HOST_DEVICE Annealing(double reg_, double range, double tolerance_, double mass_,
                               int64_t max_iterations_, bool given)
-      : last_reg(reg_), tolerance(tolerance_), mass(mass_), max_iterations(max_iterations_) {
-    constexpr double kFirst = 40;
+      : last_reg(reg_),
+        tolerance(tolerance_ * mass_),
+        mass(mass_),
+        max_iterations(max_iterations_) {
+    constexpr double kRangeOfFirst = 40;
     first_reg = last_reg;
-    for (int k = 1; k < kStages && first_reg < range / kFirst; ++k) first_reg *= 2;
+    for (int k = 1; k < kStages && first_reg < range / kRangeOfFirst; ++k) first_reg *= 2;
     trying = given;
     reg = trying ? last_reg : first_reg;
     begin_stage(5);

@@ -1,7 +1,10 @@
 // The arguments that all operators of transport take, as tensors and as problems.
 #pragma once
 
+#include <tuple>
+
 #include "core/torch.h"
+#include "transport/annealing.h"
 #include "transport/problem.h"
 
 namespace fusee {
@@ -69,6 +72,30 @@ struct TransportTensors {
     return p;
   }
 };
+
+// What the solver returns, to be filled: value, f, g, error, n_iter, stages.
+inline std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> empty_solution(
+    const TransportTensors& given) {
+  const auto doubles = [&](const Shape& shape) {
+    return empty(given.a, shape, ScalarType::Double);
+  };
+  const int64_t batch = given.batch;
+  return {doubles({batch}),
+          doubles({batch, given.n}),
+          doubles({batch, given.m}),
+          doubles({batch}),
+          empty(given.a, {batch}, ScalarType::Long),
+          doubles({batch, kStages, kStageNumbers})};
+}
+
+// What transport_plan_gradient returns, to be filled: grad_x, grad_y, row_sums, column_sums.
+inline std::tuple<Tensor, Tensor, Tensor, Tensor> empty_gradient(const TransportTensors& given) {
+  const ScalarType type = given.x.scalar_type();
+  return {empty(given.x, to_shape(given.x.sizes()), type),
+          empty(given.x, given.y.has_value() ? to_shape(given.y->sizes()) : Shape{0}, type),
+          empty(given.a, {given.batch, given.n}, ScalarType::Double),
+          empty(given.a, {given.batch, given.m}, ScalarType::Double)};
+}
 
 }  // namespace FUSEE_ENGINE_NAMESPACE
 }  // namespace fusee

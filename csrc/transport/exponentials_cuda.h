@@ -25,6 +25,11 @@ constexpr int kDepth = 16, kRowPitch = kTileRows + 1, kColumnPitch = kTileColumn
 
 inline const dim3 kTileBlock(32, kTileWarps);
 
+inline Grid grid_of_blocks(int64_t blocks) {
+  FUSEE_REQUIRE(blocks < INT32_MAX, "too many elements for one launch");
+  return Grid(static_cast<unsigned>(blocks));
+}
+
 inline int64_t row_tiles(int64_t n) { return (n + kTileRows - 1) / kTileRows; }
 inline int64_t column_tiles(int64_t m) { return (m + kTileColumns - 1) / kTileColumns; }
 

@@ -14,11 +14,11 @@ namespace cuda {
 // Numbers of a problem that last.
 enum Number : int {
   kActive,
-  kNothing,  // there is no solution
+  kUnsolvable,  // a row with mass has no pair
   kMass,
   kShift,  // added to rows and taken from columns, so that a singular system has a solution
   kWeight,
-  kFirst,
+  kFirstRho,
   kRho,
   kBest,
   kSince,

@@ -37,6 +37,17 @@ __global__ void __launch_bounds__(kTileThreads)
   store(highs, blockIdx.x, high);
 }
 
+// Where marginals hold, a constant in g means nothing, but digits. By the block, before an evaluation.
+FUSEE_DEVICE void center(const Side& rows, const Side& columns, int64_t m,
+                         const Global<const double>& b, const Global<double>& g,
+                         const Shared<double>& scratch) {
+  if (!rows.balanced() || !columns.balanced()) return;
+  const double mass = total(m, scratch, [&](int64_t j) { return load(b, j); });
+  const double of_g = total(m, scratch, [&](int64_t j) { return load(b, j) * load(g, j); });
+  if (!(mass > 0)) return;
+  each(m, [&](int64_t j) { store(g, j, load(g, j) - of_g / mass); });
+}
+
 // Sets up each problem's machine and its first point.
 static __global__ void __launch_bounds__(kMostThreads, 1)
     start_kernel(Semidual s, Global<const double> first, double tolerance, int64_t max_iterations,
@@ -49,24 +60,25 @@ static __global__ void __launch_bounds__(kMostThreads, 1)
   low = block_reduce(low, Minimum{}, double(kInfinity), scratch);
   const double high =
       greatest(blocks, scratch, [&](int64_t k) { return load(highs, item * blocks + k); });
-  const double mass =
-      total(s.n, scratch, [&](int64_t i) { return load(a, i); }) +
-      total(s.m, scratch, [&](int64_t j) { return load(b, j) != load(b, j) ? kNaN : 0.0; });
+  const double of_a = total(s.n, scratch, [&](int64_t i) { return load(a, i); });
+  const double of_b = total(s.m, scratch, [&](int64_t j) { return load(b, j); });
   const Point at = s.point(item, 0);
   each(s.m, [&](int64_t j) {
     store(at.g, j, first ? load(first, item * s.m + j) : 0.0);
     store(at.column_mass, j, 0.0);
   });
+  center({load(s.penalty, 2 * item)}, {load(s.penalty, 2 * item + 1)}, s.m, b, at.g, scratch);
   each(s.n, [&](int64_t i) { store(at.log_sum, i, 0.0); });
   if (thread_rank() != 0) return;
   const double range = low != low || high - low > 0 ? high - low : 0;
-  const double reg = load(s.last_reg, item);
+  const double reg = load(s.last_reg, item), mass = of_a < of_b ? of_b : of_a;
+  const bool possible =
+      range < kInfinity && of_a < kInfinity && of_b < kInfinity && reg > 0 && reg < kInfinity;
   Annealing& machine = *new (s.machine.data + item) Annealing(
       reg, range, tolerance, mass > 0 ? mass : 1, max_iterations, static_cast<bool>(first));
-  const bool possible = range < kInfinity && mass < kInfinity;
   if (!possible) machine.action = Action::kDone;
   store(s.scale, item, Scale{machine.reg, 1});
-  store(s.turn, item, Turn{machine.action, possible ? kFresh | kFirst : kNothing, 0, 0});
+  store(s.turn, item, Turn{machine.action, possible ? kFresh | kUnevaluated : kUnsolvable, 0, 0});
 }
 
 // log of the sum of masses times exp(exponent(k)).
@@ -113,6 +125,27 @@ FUSEE_DEVICE bool translate(const Semidual& s, int64_t item, const Item& p,
   return again;
 }
 
+// What the machine makes of a trial, by one thread. Returns whether another regularisation comes next.
+FUSEE_DEVICE bool judge(const Semidual& s, const Schur& schur, int64_t item, const Item& p,
+                        double objective, double error) {
+  Annealing& machine = s.machine.data[item];
+  bool accepted = true;
+  if ((p.turn.flags & kFresh) != 0) {
+    machine.begin(objective, error);
+  } else if (p.turn.action == Action::kSinkhorn) {
+    machine.after_sinkhorn(objective, error);
+  } else {
+    accepted = machine.after_trial(objective, error, load(schur.slope, item));
+  }
+  const bool fresh = machine.action != Action::kDone && machine.reg != p.reg;
+  // What is done with keeps the regularisation of its last point.
+  store(s.scale, item, Scale{machine.action == Action::kDone ? p.reg : machine.reg, machine.step});
+  store(s.turn, item,
+        Turn{machine.action, fresh ? kFresh : 0, accepted ? 1 - p.turn.slot : p.turn.slot, 0});
+  store(schur.least, item, machine.dropped() / 16);
+  return fresh;
+}
+
 // The rest of the trial's point, and what the machine makes of it.
 template <Metric kMetric, typename T>
 __global__ void __launch_bounds__(kMostThreads, 1)
@@ -142,17 +175,17 @@ __global__ void __launch_bounds__(kMostThreads, 1)
   const double of_columns = total(m, scratch, [&](int64_t j) {
     const double b = load(p.b, j);
     if (b == 0) return 0.0;
-    return p.columns.balanced() ? b * load(at.g, j) : -p.columns.weight * load(at.target, j);
+    return b * p.columns.charge(load(at.g, j));
   });
+  const Side softened = p.rows.softened(p.reg);
   const double of_rows = total(n, scratch, [&](int64_t i) {
     const double a = load(p.a, i);
     if (a == 0) return 0.0;
-    return p.rows.balanced() ? p.reg * a * load(at.log_sum, i)
-                             : (p.rows.weight + p.reg) * load(at.row_mass, i);
+    return a * softened.charge(-p.reg * load(at.log_sum, i));
   });
-  const double objective = of_columns - of_rows;
+  const double objective = of_columns + of_rows;
   double stranded = 0;  // points with mass that can go to or come from no other
-  if ((flags & kFirst) != 0) {
+  if ((flags & kUnevaluated) != 0) {
     const Exponentials<kMetric, T> own = all.of(item);
     stranded = total(n, scratch, [&](int64_t i) {
       return load(p.a, i) > 0 && load(at.log_sum, i) == -kInfinity ? 1.0 : 0.0;
@@ -161,23 +194,15 @@ __global__ void __launch_bounds__(kMostThreads, 1)
       return load(p.b, j) > 0 && log_sum_of_column(own, p, at, j) == -kInfinity ? 1.0 : 0.0;
     });
   }
-  if (thread_rank() != 0) return;
-  if (stranded > 0) return store(s.turn, item, Turn{Action::kDone, kNothing, p.turn.slot, 0});
-  Annealing& machine = s.machine.data[item];
-  bool accepted = true;
-  if ((flags & kFresh) != 0) {
-    machine.begin(objective, error);
-  } else if (p.turn.action == Action::kSinkhorn) {
-    machine.after_sinkhorn(objective, error);
-  } else {
-    accepted = machine.after_trial(objective, error, load(schur.slope, item));
+  if (stranded > 0) {
+    if (thread_rank() == 0) store(s.turn, item, Turn{Action::kDone, kUnsolvable, p.turn.slot, 0});
+    return;
   }
-  const bool fresh = machine.action != Action::kDone && machine.reg != p.reg;
-  // What is done with keeps the regularisation of its last point.
-  store(s.scale, item, Scale{machine.action == Action::kDone ? p.reg : machine.reg, machine.step});
-  store(s.turn, item,
-        Turn{machine.action, fresh ? kFresh : 0, accepted ? 1 - p.turn.slot : p.turn.slot, 0});
-  store(schur.least, item, machine.dropped() / 16);
+  FUSEE_SHARED(double, fresh, 1);
+  if (thread_rank() == 0) fresh.store(0, judge(s, schur, item, p, objective, error) ? 1.0 : 0.0);
+  __syncthreads();
+  if (fresh.load(0) != 0)
+    center(p.rows, p.columns, m, p.b, s.point(item, load(s.turn, item).slot).g, scratch);
 }
 
 }  // namespace cuda

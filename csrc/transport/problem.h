@@ -15,6 +15,10 @@ inline namespace FUSEE_ENGINE_NAMESPACE {
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
 constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
 
+// What the equations behind implicit derivatives have on their diagonal, relatively: between parts of the plan
+// that exchange less mass than rounding does, float64 does not know the potentials.
+constexpr double kRidge = 1e-15;
+
 enum class Metric : int64_t { kCost = 0, kSqEuclidean, kEuclidean, kCityblock, kDot };
 
 // How a marginal may differ from what is given: not at all, or at the price of weight * KL.
@@ -28,6 +32,12 @@ struct Side {
   // What a potential makes of the marginal.
   FUSEE_HOST_DEVICE double factor(double potential) const {
     return balanced() ? 1.0 : std::exp(-potential / weight);
+  }
+  // As the semi-dual has it, as a function of -reg times the logarithm of a row's sum.
+  FUSEE_HOST_DEVICE Side softened(double reg) const { return {weight + reg}; }
+  // What the dual objective has of a potential for a unit of mass.
+  FUSEE_HOST_DEVICE double charge(double potential) const {
+    return balanced() ? potential : -weight * std::expm1(-potential / weight);
   }
 };
 

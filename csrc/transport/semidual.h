@@ -20,17 +20,21 @@ namespace fusee {
 inline namespace FUSEE_ENGINE_NAMESPACE {
 
 // Rows are taken by blocks, and the columns' sums of the blocks are added in order, so that the number of
-// threads does not show in the result.
-constexpr int64_t kRowsOfBlock = 64;
+// threads does not show in the result. There are few blocks, so that their sums take little memory.
+inline int64_t rows_of_block(int64_t n) {
+  constexpr int64_t kLeast = 64, kMostBlocks = 64;
+  return std::max(kLeast, (n + kMostBlocks - 1) / kMostBlocks);
+}
 
-inline int64_t row_blocks(int64_t n) { return (n + kRowsOfBlock - 1) / kRowsOfBlock; }
+inline int64_t row_blocks(int64_t n) { return (n + rows_of_block(n) - 1) / rows_of_block(n); }
 
 // f(first, end, block) for all blocks of n rows of m elements.
 template <typename F>
 void for_each_row_block(int64_t n, int64_t m, const F& f) {
-  parallel_for(0, row_blocks(n), grain(kRowsOfBlock * m * 8), [&](int64_t begin, int64_t end) {
+  const int64_t rows = rows_of_block(n);
+  parallel_for(0, row_blocks(n), grain(rows * m * 8), [&](int64_t begin, int64_t end) {
     for (int64_t block = begin; block < end; ++block)
-      f(block * kRowsOfBlock, std::min(n, (block + 1) * kRowsOfBlock), block);
+      f(block * rows, std::min(n, (block + 1) * rows), block);
   });
 }
 
@@ -127,6 +131,18 @@ class Semidual {
     for (double& mass_of_row : at.row_mass) mass_of_row *= factor;
     for (double& mass_of_column : at.column_mass) mass_of_column *= factor;
     finish(at);
+  }
+
+  // Where marginals hold, a constant in g means nothing, but digits. Before the pass that evaluates.
+  void center(Point& at) const {
+    if (!p_.rows.balanced() || !p_.columns.balanced()) return;
+    double mass = 0, of_g = 0;
+    for (int64_t j = 0; j < p_.m; ++j) {
+      mass += p_.b[j];
+      of_g += p_.b[j] * at.g[j];
+    }
+    if (!(mass > 0)) return;
+    for (double& g : at.g) g -= of_g / mass;
   }
 
   // A step of Sinkhorn's iteration, without the pass that follows it.
@@ -261,14 +277,11 @@ class Semidual {
     for (int64_t j = 0; j < p_.m; ++j) {
       at.target[j] = p_.b[j] * p_.columns.factor(at.g[j]);
       error += absolute(at.target[j] - at.column_mass[j]);
-      if (p_.b[j] != 0)
-        objective += p_.columns.balanced() ? p_.b[j] * at.g[j] : -p_.columns.weight * at.target[j];
+      if (p_.b[j] != 0) objective += p_.b[j] * p_.columns.charge(at.g[j]);
     }
-    for (int64_t i = 0; i < p_.n; ++i) {
-      if (p_.a[i] == 0) continue;
-      objective -= p_.rows.balanced() ? reg_ * p_.a[i] * at.log_sum[i]
-                                      : (p_.rows.weight + reg_) * at.row_mass[i];
-    }
+    const Side softened = p_.rows.softened(reg_);
+    for (int64_t i = 0; i < p_.n; ++i)
+      if (p_.a[i] != 0) objective += p_.a[i] * softened.charge(-reg_ * at.log_sum[i]);
     at.objective = objective;
     at.error = error;
   }

@@ -14,10 +14,10 @@ namespace cuda {
 
 // What holds for the next evaluation of a problem.
 enum Flag : int32_t {
-  kFresh = 1,       // the current point again, with another regularisation
-  kAsItStands = 2,  // the trial as it stands
-  kFirst = 4,       // nothing was evaluated yet
-  kNothing = 8,     // the problem has no solution
+  kFresh = 1,        // the current point again, with another regularisation
+  kAsItStands = 2,   // the trial as it stands
+  kUnevaluated = 4,  // nothing was evaluated yet
+  kUnsolvable = 8,   // the problem has no solution
 };
 
 struct alignas(16) Turn {
@@ -87,11 +87,6 @@ struct Semidual {
     return now.action == Action::kSinkhorn || now.action == Action::kTrial;
   }
 };
-
-inline Grid grid_of_blocks(int64_t blocks) {
-  FUSEE_REQUIRE(blocks < INT32_MAX, "too many elements for one launch");
-  return Grid(static_cast<unsigned>(blocks));
-}
 
 constexpr int kMostThreads = 512;
 

@@ -66,14 +66,16 @@ class Solver {
   }
 
   void run(const Solution& out) {
-    double mass = 0;
-    for (int64_t i = 0; i < p_.n; ++i) mass += p_.a[i];
-    for (int64_t j = 0; j < p_.m; ++j) mass += p_.b[j] != p_.b[j] ? kNaN : 0;
-    const double range = range_of_costs(p_);
-    if (!(range < kInfinity && mass < kInfinity)) return give_nothing(out);
+    double of_a = 0, of_b = 0;
+    for (int64_t i = 0; i < p_.n; ++i) of_a += p_.a[i];
+    for (int64_t j = 0; j < p_.m; ++j) of_b += p_.b[j];
+    const double range = range_of_costs(p_), mass = of_a < of_b ? of_b : of_a;
+    const bool numbers = range < kInfinity && of_a < kInfinity && of_b < kInfinity;
+    if (!(numbers && p_.reg > 0 && p_.reg < kInfinity)) return give_nothing(out);
     Annealing state(p_.reg, range, tolerance_, mass > 0 ? mass : 1, max_iterations_, given_);
     do {
       semidual_.set_reg(state.reg);
+      semidual_.center(point_);
       evaluate(point_);
       if (!feasible()) return give_nothing(out);
       state.begin(point_.objective, point_.error);
@@ -209,8 +211,7 @@ class Solver {
       error += absolute(row_mass[i] - target);
       mass += row_mass[i];
       mass_of_a += p_.a[i];
-      if (p_.a[i] != 0)
-        value += p_.rows.balanced() ? p_.a[i] * out.f[i] : p_.rows.weight * (p_.a[i] - target);
+      if (p_.a[i] != 0) value += p_.a[i] * p_.rows.charge(out.f[i]);
     }
     for (int64_t j = 0; j < m; ++j) {
       double column = 0;
@@ -218,9 +219,7 @@ class Solver {
       const double target = p_.b[j] == 0 ? 0 : p_.b[j] * p_.columns.factor(out.g[j]);
       error += absolute(column - target);
       mass_of_b += p_.b[j];
-      if (p_.b[j] != 0)
-        value +=
-            p_.columns.balanced() ? p_.b[j] * out.g[j] : p_.columns.weight * (p_.b[j] - target);
+      if (p_.b[j] != 0) value += p_.b[j] * p_.columns.charge(out.g[j]);
     }
     *out.value = value - p_.reg * (mass - mass_of_a * mass_of_b);
     *out.error = error;
@@ -241,14 +240,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> sinkhorn_newton(
     const Tensor& b, const Tensor& reg, const Tensor& penalty, const std::optional<Tensor>& g_init,
     double tol, int64_t max_iter) {
   const TransportTensors given(x, y, metric, a, b, reg, penalty);
-  const int64_t batch = given.batch, n = given.n, m = given.m;
+  const int64_t n = given.n, m = given.m;
   const std::optional<Tensor> first = as_contiguous(g_init);
-  Tensor value = empty(given.a, {batch}, ScalarType::Double);
-  Tensor f = empty(given.a, {batch, n}, ScalarType::Double);
-  Tensor g = empty(given.a, {batch, m}, ScalarType::Double);
-  Tensor error = empty(given.a, {batch}, ScalarType::Double);
-  Tensor n_iter = empty(given.a, {batch}, ScalarType::Long);
-  Tensor stages = empty(given.a, {batch, kStages, kStageNumbers}, ScalarType::Double);
+  auto [value, f, g, error, n_iter, stages] = empty_solution(given);
   const double* const of_first = data_or_null<double>(first);
   given.for_each_problem([&](const auto& problem, int64_t i) {
     using T = typename std::decay_t<decltype(problem)>::Stored;

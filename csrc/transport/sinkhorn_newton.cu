@@ -26,7 +26,7 @@ __global__ void __launch_bounds__(kMostThreads, 1)
   constexpr int64_t kNumbers = kStages * kStageNumbers;
   const int64_t item = blockIdx.x, n = s.n, m = s.m;
   const Item p = s.item(item);
-  const bool nothing = (p.turn.flags & kNothing) != 0;
+  const bool nothing = (p.turn.flags & kUnsolvable) != 0;
   const Annealing& machine = s.machine.data[item];
   const Global<double> f = out.f + item * n, g = out.g + item * m;
   const Exponentials<kMetric, T> own = all.of(item);
@@ -109,7 +109,7 @@ __global__ void __launch_bounds__(kMostThreads, 1)
     error += absolute(sum - target);
     mass += sum;
     mass_of_a += a;
-    if (a != 0) value += p.rows.balanced() ? a * f : p.rows.weight * (a - target);
+    if (a != 0) value += a * p.rows.charge(f);
   });
   each(m, [&](int64_t j) {
     const double b = load(p.b, j), g = load(out.g, item * m + j);
@@ -119,7 +119,7 @@ __global__ void __launch_bounds__(kMostThreads, 1)
     const double target = b == 0 ? 0 : b * p.columns.factor(g);
     error += absolute(sum - target);
     mass_of_b += b;
-    if (b != 0) value += p.columns.balanced() ? b * g : p.columns.weight * (b - target);
+    if (b != 0) value += b * p.columns.charge(g);
   });
   error = block_sum(error, scratch);
   mass = block_sum(mass, scratch);
@@ -128,7 +128,7 @@ __global__ void __launch_bounds__(kMostThreads, 1)
   mass_of_b = block_sum(mass_of_b, scratch);
   if (thread_rank() != 0) return;
   value -= p.last_reg * (mass - mass_of_a * mass_of_b);
-  if ((p.turn.flags & kNothing) != 0) value = error = kNaN;
+  if ((p.turn.flags & kUnsolvable) != 0) value = error = kNaN;
   store(out.value, item, value);
   store(out.error, item, error);
 }
@@ -322,17 +322,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> sinkhorn_newton(
     const Tensor& b, const Tensor& reg, const Tensor& penalty, const std::optional<Tensor>& g_init,
     double tol, int64_t max_iter) {
   const TransportTensors given(x, y, metric, a, b, reg, penalty);
-  const int64_t batch = given.batch, n = given.n, m = given.m;
   const std::optional<Tensor> first = as_contiguous(g_init);
-  Tensor value = empty(given.a, {batch}, ScalarType::Double);
-  Tensor f = empty(given.a, {batch, n}, ScalarType::Double);
-  Tensor g = empty(given.a, {batch, m}, ScalarType::Double);
-  Tensor error = empty(given.a, {batch}, ScalarType::Double);
-  Tensor n_iter = empty(given.a, {batch}, ScalarType::Long);
-  Tensor stages = empty(given.a, {batch, kStages, kStageNumbers}, ScalarType::Double);
+  auto [value, f, g, error, n_iter, stages] = empty_solution(given);
   const Solution out{output<double>(value), output<double>(f),       output<double>(g),
                      output<double>(error), output<int64_t>(n_iter), output<double>(stages)};
-  if (batch > 0) {
+  if (given.batch > 0) {
     dispatch_costs(given, [&]<typename M, typename T>(M, T) {
       const auto all = exponentials_of<M::value, T>(given, f, g);
       Solver<M::value, T> solver(given, all);

@@ -11,7 +11,7 @@ inline namespace FUSEE_ENGINE_NAMESPACE {
 class SparseSchur {
  public:
   SparseSchur(int64_t n, int64_t m)
-      : m_(m), row_weight_(n), diagonal_(m), preconditioner_(m), starts_(n + 1) {}
+      : n_(n), m_(m), row_weight_(n), diagonal_(m), preconditioner_(m), starts_(n + 1) {}
 
   int64_t kept() const { return starts_.back(); }
   const std::vector<double>& kept_of_columns() const { return kept_of_columns_; }
@@ -104,7 +104,7 @@ class SparseSchur {
     for (size_t block = 0; block < columns_.size(); ++block) {
       const int32_t* const columns = columns_[block].data();
       const double* const values = values_[block].data();
-      const int64_t end = std::min<int64_t>(row + kRowsOfBlock, row_weight_.size());
+      const int64_t end = std::min(row + rows_of_block(n_), n_);
       const int64_t begin = starts_[row];
       for (; row < end; ++row) {
         const int64_t from = starts_[row] - begin, to = starts_[row + 1] - begin;
@@ -144,7 +144,7 @@ class SparseSchur {
     int64_t row = 0;
     for (size_t block = 0; block < columns_.size(); ++block) {
       size_t k = 0;
-      const int64_t end = std::min<int64_t>(row + kRowsOfBlock, p.n);
+      const int64_t end = std::min(row + rows_of_block(n_), n_);
       for (; row < end; ++row) {
         row_weight_[row] = at.row_mass[row] > 0 ? share / at.row_mass[row] : 0;
         const size_t last = k + static_cast<size_t>(starts_[row + 1] - starts_[row]);
@@ -163,7 +163,7 @@ class SparseSchur {
     }
   }
 
-  int64_t m_;
+  int64_t n_, m_;
   std::vector<double> row_weight_, diagonal_, preconditioner_, kept_of_columns_;
   std::vector<int64_t> starts_;
   std::vector<std::vector<int32_t>> columns_;  // of each block of rows

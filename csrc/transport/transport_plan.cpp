@@ -122,7 +122,7 @@ Tensor transport_plan(const Tensor& x, const std::optional<Tensor>& y, int64_t m
   return plan;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> transport_gradient(
+std::tuple<Tensor, Tensor, Tensor, Tensor> transport_plan_gradient(
     const Tensor& x, const std::optional<Tensor>& y, int64_t metric, const Tensor& a,
     const Tensor& b, const Tensor& reg, const Tensor& f_, const Tensor& g_, const Tensor& left_,
     const Tensor& right_) {
@@ -130,11 +130,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> transport_gradient(
   const Tensor f = as_contiguous(f_), g = as_contiguous(g_);
   const Tensor left = as_contiguous(left_), right = as_contiguous(right_);
   const int64_t n = given.n, m = given.m, d = given.d;
-  Tensor grad_x = empty(given.x, to_shape(given.x.sizes()), given.x.scalar_type());
-  Tensor grad_y = empty(given.x, given.y.has_value() ? to_shape(given.y->sizes()) : Shape{0},
-                        given.x.scalar_type());
-  Tensor row_sums = empty(given.a, {given.batch, n}, ScalarType::Double);
-  Tensor column_sums = empty(given.a, {given.batch, m}, ScalarType::Double);
+  auto [grad_x, grad_y, row_sums, column_sums] = empty_gradient(given);
   given.for_each_problem([&](const auto& problem, int64_t i) {
     using T = typename std::decay_t<decltype(problem)>::Stored;
     const Potentials at{data<double>(f) + i * n, data<double>(g) + i * m};
@@ -156,7 +152,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> transport_gradient(
 
 STABLE_TORCH_LIBRARY_IMPL(fusee, CPU, m) {
   m.impl("transport_plan", TORCH_BOX(&transport_plan));
-  m.impl("transport_gradient", TORCH_BOX(&transport_gradient));
+  m.impl("transport_plan_gradient", TORCH_BOX(&transport_plan_gradient));
 }
 
 }  // namespace FUSEE_ENGINE_NAMESPACE

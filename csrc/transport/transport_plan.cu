@@ -11,11 +11,6 @@ namespace {
 
 using namespace cuda;
 
-Grid grid_of(int64_t blocks) {
-  FUSEE_REQUIRE(blocks < INT32_MAX, "too many elements for one launch");
-  return Grid(static_cast<unsigned>(blocks));
-}
-
 template <Metric kMetric, typename T>
 __global__ void __launch_bounds__(kTileThreads)
     plan_kernel(Exponentials<kMetric, T> all, int64_t row_tiles, int64_t column_tiles,
@@ -196,8 +191,9 @@ template <typename T>
 void add_parts(const Context& context, const Tensor& parts, int64_t d, double scale,
                const Tensor& out) {
   const int64_t size = out.numel(), n = parts.size(parts.dim() - 1);
-  launch(&add_parts_kernel<T>, grid_of((size + kTileThreads - 1) / kTileThreads), kTileThreads, 0,
-         context.stream, input<double>(parts), parts.size(1), n, d, scale, size, output<T>(out));
+  launch(&add_parts_kernel<T>, grid_of_blocks((size + kTileThreads - 1) / kTileThreads),
+         kTileThreads, 0, context.stream, input<double>(parts), parts.size(1), n, d, scale, size,
+         output<T>(out));
 }
 
 Tensor transport_plan(const Tensor& x, const std::optional<Tensor>& y, int64_t metric,
@@ -209,7 +205,7 @@ Tensor transport_plan(const Tensor& x, const std::optional<Tensor>& y, int64_t m
   Tensor plan = empty(given.x, {given.batch, given.n, given.m}, given.x.scalar_type());
   const int64_t rows = row_tiles(given.n), columns = column_tiles(given.m);
   dispatch_costs(given, [&]<typename M, typename T>(M, T) {
-    launch(&plan_kernel<M::value, T>, grid_of(given.batch * rows * columns), kTileBlock, 0,
+    launch(&plan_kernel<M::value, T>, grid_of_blocks(given.batch * rows * columns), kTileBlock, 0,
            context.stream, exponentials_of<M::value, T>(given, f, g), rows, columns,
            input<double>(given.a), input<double>(given.b), output<T>(plan));
   });
@@ -224,14 +220,14 @@ void gradient_of_points(const Context& context, const Exponentials<kMetric, T>& 
   const Cut cut = Cut::of(column_tiles(all.m), lines);
   const Tensor grad_parts = empty(sums, {batch, cut.parts, all.d, all.n}, ScalarType::Double);
   const Tensor row_parts = empty(sums, {batch, cut.parts, all.n}, ScalarType::Double);
-  launch(&point_gradient_kernel<kMetric, T>, grid_of(batch * lines * cut.parts), kTileBlock, 0,
-         context.stream, all, lines, cut, rows, columns, output<double>(grad_parts),
+  launch(&point_gradient_kernel<kMetric, T>, grid_of_blocks(batch * lines * cut.parts), kTileBlock,
+         0, context.stream, all, lines, cut, rows, columns, output<double>(grad_parts),
          output<double>(row_parts));
   add_parts<T>(context, grad_parts, all.d, kMetric == Metric::kSqEuclidean ? 2.0 : 1.0, grad);
   add_parts<double>(context, row_parts, 1, 1.0, sums);
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> transport_gradient(
+std::tuple<Tensor, Tensor, Tensor, Tensor> transport_plan_gradient(
     const Tensor& x, const std::optional<Tensor>& y, int64_t metric, const Tensor& a,
     const Tensor& b, const Tensor& reg, const Tensor& f_, const Tensor& g_, const Tensor& left_,
     const Tensor& right_) {
@@ -240,11 +236,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> transport_gradient(
   const Tensor left = as_contiguous(left_), right = as_contiguous(right_);
   const Context context(given.x);
   const int64_t batch = given.batch, n = given.n, m = given.m;
-  Tensor grad_x = empty(given.x, to_shape(given.x.sizes()), given.x.scalar_type());
-  Tensor grad_y = empty(given.x, given.y.has_value() ? to_shape(given.y->sizes()) : Shape{0},
-                        given.x.scalar_type());
-  Tensor row_sums = empty(given.a, {batch, n}, ScalarType::Double);
-  Tensor column_sums = empty(given.a, {batch, m}, ScalarType::Double);
+  auto [grad_x, grad_y, row_sums, column_sums] = empty_gradient(given);
   const Factors rows{input<double>(given.a), input<double>(left)};
   const Factors columns{input<double>(given.b), input<double>(right)};
   dispatch_costs(given, [&]<typename M, typename T>(M, T) {
@@ -253,7 +245,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> transport_gradient(
       const int64_t lines = row_tiles(n), tiles = column_tiles(m);
       const Tensor row_parts = empty(given.a, {batch, tiles, n}, ScalarType::Double);
       const Tensor column_parts = empty(given.a, {batch, lines, m}, ScalarType::Double);
-      launch(&cost_gradient_kernel<T>, grid_of(batch * lines * tiles), kTileBlock, 0,
+      launch(&cost_gradient_kernel<T>, grid_of_blocks(batch * lines * tiles), kTileBlock, 0,
              context.stream, all, lines, tiles, rows, columns, output<T>(grad_x),
              output<double>(row_parts), output<double>(column_parts));
       add_parts<double>(context, row_parts, 1, 1.0, row_sums);
@@ -270,7 +262,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> transport_gradient(
 
 STABLE_TORCH_LIBRARY_IMPL(fusee, FUSEE_CUDA_KEY, m) {
   m.impl("transport_plan", TORCH_BOX(&transport_plan));
-  m.impl("transport_gradient", TORCH_BOX(&transport_gradient));
+  m.impl("transport_plan_gradient", TORCH_BOX(&transport_plan_gradient));
 }
 
 }  // namespace FUSEE_ENGINE_NAMESPACE

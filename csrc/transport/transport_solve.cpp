@@ -23,7 +23,7 @@ class Plan {
     for (int64_t i = 0; i < p_.n; ++i) {
       const double scale = f[i] / p_.reg + at_.log_sum[i];
       at_.row_mass[i] = p_.a[i] == 0 ? 0 : p_.a[i] * std::exp(scale);
-      empty_ = empty_ || !(absolute(at_.log_sum[i]) < kInfinity);
+      empty_ = empty_ || (p_.a[i] > 0 && !(absolute(at_.log_sum[i]) < kInfinity));
     }
     // The masses of the columns follow from those of the rows.
     columns_from_rows([&](int64_t i, double) { return at_.row_mass[i]; }, nullptr,
@@ -33,7 +33,7 @@ class Plan {
 
   Semidual<T>& semidual() { return semidual_; }
   const Point& at() const { return at_; }
-  // Whether a row has no pair at all.
+  // Whether a row with mass has no pair at all.
   bool empty() const { return empty_; }
 
   // out_j = sum_i share(i, mean_i) times the probability of j in row i, where mean_i is that of v in the row.
@@ -82,8 +82,12 @@ class Plan {
     double* FUSEE_RESTRICT out = computed.data();
     semidual_.exponents(i, costs.data(), out);
     const double log_sum = at_.log_sum[i];
+    if (log_sum == -kInfinity)
+      computed.assign(p_.m, 0.0);
+    else {
 #pragma omp simd
-    for (int64_t j = 0; j < p_.m; ++j) out[j] = exp_in_range(out[j] - log_sum);
+      for (int64_t j = 0; j < p_.m; ++j) out[j] = exp_in_range(out[j] - log_sum);
+    }
     return out;
   }
 
@@ -103,7 +107,7 @@ class ImplicitSystem {
         share_(problem.rows.damping(problem.reg)),
         diagonal_(problem.m),
         singular_(problem.rows.balanced() && problem.columns.balanced()) {
-    const double factor = 1 + p_.columns.softness(p_.reg);
+    const double factor = 1 + kRidge + p_.columns.softness(p_.reg);
     for (int64_t j = 0; j < p_.m; ++j) diagonal_[j] = factor * plan_.at().column_mass[j];
   }
 
@@ -139,7 +143,8 @@ class ImplicitSystem {
       u[i] = share_ * (asked[i] - means[i]);
       if (p_.a[i] == 0 && p[i] != 0) u[i] = kNaN;
     }
-    for (int64_t j = 0; j < m; ++j) v[j] = p_.b[j] > 0 ? solution[j] : massless(j, f_of(), u, q[j]);
+    const std::vector<double> f = f_of();
+    for (int64_t j = 0; j < m; ++j) v[j] = p_.b[j] > 0 ? solution[j] : massless(j, f, u, q[j]);
     if (singular_ && mass > 0) center(u, v, mass);
   }
 
@@ -189,7 +194,7 @@ class ImplicitSystem {
     constexpr int kMost = 200, kPatience = 6;
     const int64_t m = p_.m;
     SparseSchur sparse(p_.n, m);
-    sparse.collect(plan_.semidual(), plan_.at(), kDropped, 0);
+    sparse.collect(plan_.semidual(), plan_.at(), kDropped, kRidge);
     std::vector<double> z(m), direction(m), product(m), before(m);
     into_range(residual);
     double rho = 0, first = 0, best = kInfinity;

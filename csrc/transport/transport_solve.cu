@@ -16,12 +16,13 @@ using namespace cuda;
 template <Metric kMetric, typename T>
 FUSEE_DEVICE void begin_rows(const System<kMetric, T>& system, int64_t item) {
   const int64_t n = system.all.n, m = system.all.m, first = item * n;
-  // The mass, and how many rows have no pair at all.
+  // The mass, and how many rows with mass have no pair at all.
   const Two masses = block_total<Two>(n, [&](int64_t i) {
     const double sum = system.row_total(item, i);
     store(system.row_sum, first + i, sum);
-    const bool empty = !(sum > 0 && sum < kInfinity);
-    return Two(weighted(load(system.a, first + i), sum), empty ? 1.0 : 0.0);
+    const double a = load(system.a, first + i);
+    const bool empty = a > 0 && !(sum > 0 && sum < kInfinity);
+    return Two(weighted(a, sum), empty ? 1.0 : 0.0);
   });
   const double mass = masses.first;
   const bool singular = system.singular(item) && mass > 0;
@@ -39,7 +40,7 @@ FUSEE_DEVICE void begin_rows(const System<kMetric, T>& system, int64_t item) {
   });
   if (thread_rank() != 0) return;
   const bool nothing = masses.second > 0 || mass != mass;
-  system.set(item, kNothing, nothing ? 1 : 0);
+  system.set(item, kUnsolvable, nothing ? 1 : 0);
   system.set(item, kMass, mass);
   system.set(item, kShift, shift);
 }
@@ -71,7 +72,7 @@ FUSEE_DEVICE Two residual_sizes(const System<kMetric, T>& system, int64_t item) 
 template <Metric kMetric, typename T>
 FUSEE_DEVICE void begin_columns(const System<kMetric, T>& system, int64_t item) {
   const int64_t m = system.all.m, first = item * m;
-  const double factor = 1 + system.columns(item).softness(system.reg(item));
+  const double factor = 1 + kRidge + system.columns(item).softness(system.reg(item));
   const double shift = system.number(item, kShift);
   const double weight = block_total<double>(m, [&](int64_t j) {
     const double b = load(system.b, first + j), sum = system.column_total(item, j, 0);
@@ -94,10 +95,10 @@ FUSEE_DEVICE void begin_columns(const System<kMetric, T>& system, int64_t item) 
           load(system.residual, first + j) * load(system.preconditioner, first + j));
   });
   if (thread_rank() != 0) return;
-  const bool active = system.number(item, kNothing) == 0 && rho > 0;
+  const bool active = system.number(item, kUnsolvable) == 0 && rho > 0;
   system.set(item, kActive, active ? 1 : 0);
   system.set(item, kWeight, weight);
-  system.set(item, kFirst, rho);
+  system.set(item, kFirstRho, rho);
   system.set(item, kRho, rho);
   system.set(item, kBest, kInfinity);
   system.set(item, kSince, 0);
@@ -136,7 +137,7 @@ FUSEE_DEVICE void iterate(const System<kMetric, T>& system, int64_t item) {
     now = sizes.first;
     size = sizes.second;
     if (size < 0.5 * best) since = 0;
-    active = now > kTolerance * kTolerance * system.number(item, kFirst) && since < kPatience &&
+    active = now > kTolerance * kTolerance * system.number(item, kFirstRho) && since < kPatience &&
              iterations < kMost;
     const double turn = now / rho;
     for_block(m, [&](int64_t j) {
@@ -163,7 +164,8 @@ FUSEE_DEVICE void finish_rows(const System<kMetric, T>& system, int64_t item) {
   const double share = system.share(item);
   for_block(system.all.n, [&](int64_t i) {
     const int64_t at = item * system.all.n + i;
-    const double mean = system.row_total(item, i) / load(system.row_sum, at);
+    const double sum = load(system.row_sum, at);
+    const double mean = sum > 0 ? system.row_total(item, i) / sum : 0;
     double u = share * (load(system.asked, at) - mean);
     if (load(system.a, at) == 0 && load(system.p, at) != 0) u = kNaN;
     store(system.u, at, u);
@@ -174,7 +176,7 @@ FUSEE_DEVICE void finish_rows(const System<kMetric, T>& system, int64_t item) {
 template <Metric kMetric, typename T>
 FUSEE_DEVICE void finish_columns(const System<kMetric, T>& system, int64_t item) {
   const int64_t n = system.all.n, m = system.all.m;
-  const bool nothing = system.number(item, kNothing) != 0;
+  const bool nothing = system.number(item, kUnsolvable) != 0;
   const double mass = system.number(item, kMass);
   const double damping = system.columns(item).damping(system.reg(item));
   const double of_v = block_total<double>(m, [&](int64_t j) {
@@ -309,8 +311,8 @@ Tensor keep(const Context& context, const Exponentials<kMetric, T>& all,
             const TransportTensors& given) {
   const int64_t rows = row_tiles(all.n), columns = column_tiles(all.m);
   Tensor kept = empty(given.a, {given.batch, all.n, all.m}, ScalarType::Double);
-  launch(&keep_kernel<kMetric, T>, static_cast<unsigned>(given.batch * rows * columns), kTileBlock,
-         0, context.stream, all, rows, columns, output<double>(kept));
+  launch(&keep_kernel<kMetric, T>, grid_of_blocks(given.batch * rows * columns), kTileBlock, 0,
+         context.stream, all, rows, columns, output<double>(kept));
   return kept;
 }
 

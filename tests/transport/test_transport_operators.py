@@ -9,19 +9,16 @@ from typing import Any
 import pytest
 import torch
 from fusee._op import Op
-from fusee.transport.operators import (
-    solver,
-    transport_gradient,
-    transport_plan,
-    transport_solve,
-)
+from fusee.transport.solver import solver
+from fusee.transport.transport_plan import transport_plan, transport_plan_gradient
+from fusee.transport.transport_solve import transport_solve
 from torch import Tensor
 
 from tests.harness.layouts import LAYOUTS
 from tests.harness.spec import Maker
 
 HELD = (math.inf, math.inf)
-OPS = (solver, transport_plan, transport_gradient, transport_solve)
+OPS = (solver, transport_plan, transport_plan_gradient, transport_solve)
 
 
 def _problem(
@@ -70,7 +67,7 @@ def _calls(op: Op, problem: tuple[Any, ...]) -> tuple[Any, ...]:
     make = Maker(torch.float64, seed=4)
     # Points without mass have no equation of their own.
     p, q = make.normal(*f.shape) * (shared[3] > 0), make.normal(*g.shape) * (shared[4] > 0)
-    if op is transport_gradient:
+    if op is transport_plan_gradient:
         return (*shared, f, g, p, q)
     return (*shared, penalty, f, g, p, q)
 

@@ -112,8 +112,14 @@ def test_indexing() -> None:
             pairs = zip(value, whole, strict=True) if isinstance(value, tuple) else [(value, whole)]
             for part, both in pairs:
                 torch.testing.assert_close(part, both[i], rtol=1e-12, atol=0)
-    with pytest.raises(IndexError, match="one problem, not of a batch"):
+    assert len(result) == len(list(result)) == 2
+    assert result[1:].n_iter.shape == (1,)
+    with pytest.raises(TypeError, match="one problem, not of a batch"):
         _ = result[0][0]
+    with pytest.raises(TypeError, match="one problem, not of a batch"):
+        len(result[0])
+    with pytest.raises(TypeError, match="by its problems alone"):
+        _ = result[..., 0]
 
 
 def test_pytree() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,12 +17,22 @@ from fusee._checks import accumulate_dtype, check_floating, check_same_device
 # The first two are those that a compiler knows; NumPy's are of the third.
 NUMBERS = (int, float, numbers.Real)
 
+LEAST_REG = 1e-300
+"""Of which the inverse is a number."""
+
 
 def as_tensor(name: str, value: Any) -> Tensor:
     """A floating-point tensor of a tensor, a NumPy array or another array that speaks DLPack."""
     if isinstance(value, np.ndarray):
         # A copy where torch could not share the memory: strides below zero, or not to be written.
-        value = torch.from_numpy(np.require(value, requirements=["C", "W"]))
+        array = np.require(value, requirements=["C", "W"])
+        try:
+            value = torch.from_numpy(array)
+        except (TypeError, ValueError):
+            raise TypeError(
+                f"{name} must have dtype float16, float32 or float64 in this machine's byte order, got "
+                f"{array.dtype}"
+            ) from None
     elif not isinstance(value, Tensor):
         if not hasattr(value, "__dlpack__"):
             raise TypeError(
@@ -43,6 +54,18 @@ def as_batch(name: str, value: Any, shape: str) -> Tensor:
     return tensor.to(accumulate_dtype(tensor.dtype))
 
 
+def beside(x: Tensor, tensor: Tensor) -> Tensor:
+    """A tensor to compute with beside x: where x is a DTensor, one that every process holds whole."""
+    if "torch.distributed.tensor" not in sys.modules:
+        return tensor
+    from torch.distributed.tensor import DTensor, Replicate
+
+    if isinstance(tensor, DTensor) or not isinstance(x, DTensor):
+        return tensor
+    mesh = x.device_mesh
+    return DTensor.from_local(tensor, mesh, [Replicate()] * mesh.ndim, run_check=False)
+
+
 def _has_shape(tensor: Tensor, *shapes: tuple[int, ...]) -> bool:
     """Whether it is one of these. Lengths come first: the size of a batch may be a symbol."""
     return any(tensor.dim() == len(shape) and tuple(tensor.shape) == shape for shape in shapes)
@@ -52,12 +75,13 @@ def as_masses(name: str, given: Tensor | None, count: int, x_name: str, x: Tenso
     """Masses (B, count) in float64, by default uniform of sum one; NaN where they are none."""
     batch = x.shape[:-2]
     if given is None:
-        given = torch.full((count,), 1 / max(count, 1), dtype=torch.float64, device=x.device)
+        given = x.new_full((count,), 1 / max(count, 1), dtype=torch.float64)
     else:
         check_same_device(name, given, x_name, x)
         if not _has_shape(given, (count,), (*batch, count)):
             allowed = f"({count},)" + (f" or {(*batch, count)}" if batch else "")
             raise ValueError(f"{name} must have shape {allowed}, got {tuple(given.shape)}")
+        given = beside(x, given)
     valid = (given >= 0) & (given < math.inf)
     masses = torch.where(valid, given.double(), math.nan)
     return masses.expand(batch[0] if batch else 1, count)
@@ -87,15 +111,24 @@ def check_number(name: str, value: Any) -> float:
     return number
 
 
+def check_max_iter(value: Any) -> int:
+    """A plain positive int, or one of NumPy's."""
+    if isinstance(value, bool) or not isinstance(value, (int, numbers.Integral)):
+        raise TypeError(f"max_iter must be an int, got {type(value).__name__}")
+    if value < 1:
+        raise ValueError(f"max_iter must be positive, got {value}")
+    return min(int(value), 2**63 - 1)
+
+
 def as_reg(reg: Any, x_name: str, x: Tensor) -> Tensor:
     """The regularisation (B,) in float64; NaN where it is none."""
     batch = x.shape[:-2]
     count = batch[0] if batch else 1
     if isinstance(reg, NUMBERS) or not hasattr(reg, "__dlpack__"):
         number = check_number("reg", reg)
-        if number == math.inf:
-            raise ValueError(f"reg must be finite, got {reg}")
-        return torch.full((count,), number, dtype=torch.float64, device=x.device)
+        if not LEAST_REG <= number < math.inf:
+            raise ValueError(f"reg must be at least {LEAST_REG} and finite, got {reg}")
+        return x.new_full((count,), number, dtype=torch.float64)
     given = as_tensor("reg", reg)
     check_same_device("reg", given, x_name, x)
     if not _has_shape(given, (), tuple(batch)):
@@ -103,8 +136,10 @@ def as_reg(reg: Any, x_name: str, x: Tensor) -> Tensor:
         raise ValueError(f"reg must be a number or have shape {allowed}, got {tuple(given.shape)}")
     if given.requires_grad:
         raise ValueError("reg must not require a gradient: there is none in it")
-    valid = (given > 0) & (given < math.inf)
-    return torch.where(valid, given.double(), math.nan).expand(count)
+    given = beside(x, given)
+    given = given.double()
+    valid = (given >= LEAST_REG) & (given < math.inf)
+    return torch.where(valid, given, math.nan).expand(count)
 
 
 def as_penalty(unbalanced: Any, x: Tensor) -> tuple[Tensor, bool]:
@@ -119,9 +154,7 @@ def as_penalty(unbalanced: Any, x: Tensor) -> tuple[Tensor, bool]:
         pair = [check_number("unbalanced", value) for value in unbalanced]
     else:
         pair = [check_number("unbalanced", unbalanced)] * 2
-    sides = [
-        torch.full(x.shape[:-2] or (1,), w, dtype=torch.float64, device=x.device) for w in pair
-    ]
+    sides = [x.new_full(x.shape[:-2] or (1,), w, dtype=torch.float64) for w in pair]
     return torch.stack(sides, -1), pair[0] == pair[1] == math.inf
 
 
@@ -140,6 +173,7 @@ def as_first(potentials_init: Any, n: int, m: int, x_name: str, x: Tensor) -> Te
         check_same_device(name, first, x_name, x)
         if not _has_shape(first, (count,), (*batch, count)):
             raise ValueError(f"{name} must have shape {(*batch, count)}, got {tuple(first.shape)}")
+    first = beside(x, first)
     first = torch.where(first.isfinite(), first, math.nan)
     return first.expand(batch[0] if batch else 1, m)
 
@@ -155,7 +189,7 @@ def raise_for_values(
 ) -> None:
     """Says which value made the result NaN. Masses and numbers out of their range are NaN here."""
     if reg.isnan().any():
-        raise ValueError("reg must be positive and finite")
+        raise ValueError(f"reg must be at least {LEAST_REG} and finite")
     for name, mass in masses.items():
         if mass.isnan().any():
             raise ValueError(f"{name} must be finite and not negative")
@@ -178,7 +212,9 @@ def raise_for_values(
     else:
         for name, costs in given.items():
             _raise_for_costs(name, costs, a, b)
-    raise ValueError(f"{' and '.join(given)} must have costs of a finite range")
+    raise ValueError(
+        f"{' and '.join(given)} must have costs of a finite range, potentials_init must be of their size"
+    )
 
 
 def _raise_for_costs(name: str, costs: Tensor, a: Tensor, b: Tensor) -> None:

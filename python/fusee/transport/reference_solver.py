@@ -95,18 +95,25 @@ class _Problem:
 
     def solve(self, g: Tensor, tol: float, max_iter: int, report: Tensor) -> tuple[Tensor, int]:
         """Halves the regularisation from stage to stage; each begins where the last one ended."""
-        mass = float(self.a.sum()) or 1.0
+        mass = max(float(self.a.sum()), float(self.b.sum())) or 1.0
         ratio = self.range / 40 / self.reg
         stages = math.ceil(math.log2(ratio)) if ratio > 1 else 0
-        if _Point(self, g, self.reg).error <= 1e-2 * mass:
+        if _Point(self, self.centred(g), self.reg).error <= 1e-2 * mass:
             stages = 0  # g is a good beginning as it is
         n_iter = 0
         for stage in range(min(stages, STAGES - 1), -1, -1):
             reg = self.reg * 2**stage
-            goal = tol if stage == 0 else 1e-2 * mass
+            goal = (tol if stage == 0 else 1e-2) * mass
             row = report[min(stages, STAGES - 1) - stage]
-            g, n_iter = self.run_stage(g, reg, goal, n_iter, max_iter, row)
+            g, n_iter = self.run_stage(self.centred(g), reg, goal, n_iter, max_iter, row)
         return g, n_iter
+
+    def centred(self, g: Tensor) -> Tensor:
+        """Without the constant, which means nothing, but digits, where both marginals hold."""
+        mass = self.b.sum()
+        if bool(self.penalty.isinf().all()) and float(mass) > 0:
+            return g - (self.b * g).sum() / mass
+        return g
 
     def run_stage(
         self, g: Tensor, reg: float, goal: float, n_iter: int, max_iter: int, report: Tensor

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
+import warnings
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from fusee.transport.operators import transport_gradient, transport_plan
-from fusee.transport.plans import factor
+from fusee._op import is_readable
+from fusee.transport.plans import factor, unit_of_mass
+from fusee.transport.transport_plan import transport_plan, transport_plan_gradient
 
 _ENTRIES_OF_BLOCK = 1 << 22
 
@@ -21,10 +23,12 @@ class TransportResult:
     Of a batch, everything has its dimension first, and ``result[i]`` is the result of one problem. It is
     a pytree of tensors. Where the costs were a NumPy array, so is everything here. What depends on the
     problem is differentiable in the costs or points and in the masses; the plan, the marginals and
-    ``value_linear`` are computed anew whenever they are asked for.
+    ``value_linear`` are computed anew whenever they are asked for, from the costs or points themselves,
+    which are not copied: where a tensor was changed in place meanwhile that raises RuntimeError. A NumPy
+    array must not be changed.
     """
 
-    __slots__ = ("_metric", "_numpy", "_tensors", "_tol")
+    __slots__ = ("_metric", "_numpy", "_tensors", "_tol", "_versions")
 
     def __init__(
         self, tensors: dict[str, Tensor], metric: int, tol: float, numpy: bool = False
@@ -33,6 +37,11 @@ class TransportResult:
         self._metric = metric
         self._tol = tol
         self._numpy = numpy
+        self._versions: list[tuple[Tensor, int]] = []
+        if not torch.compiler.is_compiling():
+            given = [tensors[name] for name in ("x", "y") if name in tensors]
+            known = [t for t in given if is_readable(t) and not t.is_inference()]
+            self._versions = [(tensor, tensor._version) for tensor in known]
 
     @property
     def potentials(self) -> tuple[Any, Any]:
@@ -54,6 +63,7 @@ class TransportResult:
     @property
     def value_linear(self) -> Any:
         """<C, P>."""
+        self._check_unchanged()
         x = self._tensors["x"]
         if self._metric == 0:
             costs = torch.where(x < math.inf, x, 0.0).double()
@@ -79,8 +89,9 @@ class TransportResult:
 
     @property
     def converged(self) -> Any:
-        """Whether ``marginal_error`` is at most ``tol``."""
-        return self._give(self._tensors["error"] <= self._tol)
+        """Whether ``marginal_error`` is at most ``tol`` times the larger of both masses."""
+        t = self._tensors
+        return self._give(t["error"] <= self._tol * unit_of_mass(t["a"], t["b"]))
 
     @property
     def n_iter(self) -> Any:
@@ -97,8 +108,13 @@ class TransportResult:
     def sparse_plan(self) -> Any:
         """The plan of one problem as a CSR tensor (of NumPy arrays, SciPy's), without entries below
         ``tol`` of an even share of their row and of their column. It is made by blocks of rows, so
-        memory grows with what is kept."""
+        memory grows with what is kept. Of DTensors it is a plain tensor, the same in every process."""
+        self._check_unchanged()
         t = self._tensors
+        if hasattr(t["f"], "full_tensor"):
+            tensors: dict[str, Any] = t
+            whole = {name: tensor.full_tensor() for name, tensor in tensors.items()}
+            return TransportResult(whole, self._metric, self._tol).sparse_plan
         if t["f"].dim() != 1:
             raise ValueError("sparse_plan is of one problem: use result[i].sparse_plan")
         n, m = t["f"].shape[0], t["g"].shape[0]
@@ -126,17 +142,40 @@ class TransportResult:
 
             indptr, indices, data = (entry.detach().numpy() for entry in entries)
             return csr_array((data, indices, indptr), shape=(n, m))
-        return torch.sparse_csr_tensor(*entries, size=(n, m), check_invariants=False)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta", UserWarning)
+            return torch.sparse_csr_tensor(*entries, size=(n, m), check_invariants=False)
+
+    def __len__(self) -> int:
+        self._check_batch()
+        return len(self._tensors["f"])
 
     def __getitem__(self, index: Any) -> TransportResult:
-        if self._tensors["f"].dim() == 1:
-            raise IndexError("this is the result of one problem, not of a batch")
+        self._check_batch()
+        if isinstance(index, tuple) or index is None or index is Ellipsis:
+            raise TypeError(f"a result is indexed by its problems alone, got {index!r}")
+        self._check_unchanged()
         tensors = {name: tensor[index] for name, tensor in self._tensors.items()}
         return TransportResult(tensors, self._metric, self._tol, self._numpy)
+
+    def __reduce__(self) -> Any:
+        self._check_unchanged()
+        return TransportResult, (self._tensors, self._metric, self._tol, self._numpy)
 
     def __repr__(self) -> str:
         shown = ("value", "marginal_error", "converged", "n_iter")
         return f"TransportResult({', '.join(f'{name}={getattr(self, name)}' for name in shown)})"
+
+    def _check_batch(self) -> None:
+        if self._tensors["f"].dim() == 1:
+            raise TypeError("this is the result of one problem, not of a batch")
+
+    def _check_unchanged(self) -> None:
+        if any(tensor._version != version for tensor, version in self._versions):
+            raise RuntimeError(
+                "the costs or points were changed in place after they were solved for: solve again, or "
+                "give a copy"
+            )
 
     def _give(self, tensor: Tensor) -> Any:
         if tensor.is_floating_point():
@@ -161,17 +200,19 @@ class TransportResult:
         return tensor.reshape(*self._tensors["f"].shape[:-1], *tensor.shape[1:])
 
     def _dense(self) -> Tensor:
+        self._check_unchanged()
         t = self._tensors
         x, y, *others = (self._flat(t.get(k)) for k in ("x", "y", "a", "b", "reg", "f", "g"))
         return self._of_batch(transport_plan(x, y, self._metric, *others))
 
     def _sums(self, x: Tensor, y: Tensor | None) -> tuple[Tensor, ...]:
         """The gradients of 2 <C, P> in the points for a fixed plan, and the sums of P / a and P / b."""
+        self._check_unchanged()
         t = self._tensors
         ones = torch.ones_like(t["f"]), torch.ones_like(t["g"])
         given = (x, y, t["a"], t["b"], t["reg"], t["f"], t["g"], *ones)
         flat_x, flat_y, *others = (self._flat(value) for value in given)
-        return transport_gradient(flat_x, flat_y, self._metric, *others)
+        return transport_plan_gradient(flat_x, flat_y, self._metric, *others)
 
 
 def _flatten(result: TransportResult) -> tuple[list[Tensor], Any]:

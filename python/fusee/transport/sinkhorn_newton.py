@@ -18,14 +18,16 @@ from fusee.transport.arguments import (
     as_penalty,
     as_reg,
     as_tensor,
+    beside,
+    check_max_iter,
     check_number,
     mass_tolerance,
     raise_for_values,
     scaled_to,
 )
-from fusee.transport.operators import solver
-from fusee.transport.plans import METRICS
+from fusee.transport.plans import METRICS, unit_of_mass
 from fusee.transport.result import TransportResult
+from fusee.transport.solver import solver
 
 
 def sinkhorn_newton(
@@ -61,8 +63,11 @@ def sinkhorn_newton(
         reg: the weight of the entropy, above zero, in the unit of the costs: a number, or a tensor (B).
         unbalanced: the weight of both marginals' divergences, or a pair of weights; infinite where a
             marginal holds. None for the balanced problem.
-        tol: the L1 error of both marginals together at which a problem is solved.
-        max_iter: the most Sinkhorn iterations and Newton steps together, of each problem.
+        tol: the L1 error of both marginals together, over the larger of both masses, at which a problem
+            is solved.
+        max_iter: the most Sinkhorn iterations and Newton steps together, of each problem. A problem
+            whose error is not halved any more, because rounding is in the way or there is no solution,
+            ends before.
         potentials_init: potentials (f, g) to begin with, such as those of a similar problem. f is not
             used: it follows from g.
 
@@ -76,15 +81,21 @@ def sinkhorn_newton(
         ValueError: shapes that do not fit, arrays on different devices, numbers that are not positive,
             ``reg`` that requires grad. And what only values show: negative or infinite masses, NaN
             among masses or costs, -inf among costs, unequal masses in the balanced problem, a point with
-            mass and forbidden pairs only. In compiled code and on CUDA problems with such a value are
-            NaN instead; with ``FUSEE_CHECK_VALUES=1`` in the environment they raise there too.
+            mass and forbidden pairs only. In compiled code, under ``torch.func``, on CUDA and of
+            DTensors problems with such a value are NaN instead; with ``FUSEE_CHECK_VALUES=1`` in the
+            environment they raise in compiled code and on CUDA.
 
     In eager mode a RuntimeWarning says how many problems did not reach ``tol``, ``converged`` which.
-    The value is differentiable to second order, potentials and plans to first order, in ``M``, ``a`` and
-    ``b``, in reverse and forward mode; their derivatives are those of the exact solution, through one
-    linear system. Potentials of points without mass have no derivative: a gradient from them is NaN.
+    The value is differentiable to second order (in reverse mode, or forward over it), potentials and
+    plans to first order, in ``M``, ``a`` and ``b``, in reverse and forward mode; their derivatives are
+    those of the exact solution, through one linear system. Between parts of a plan that exchange less
+    than 1e-12 of the mass, as where ``reg`` is so small that it is a matching, float64 does not
+    determine the potentials, nor their derivatives; value and plan it does. Potentials of points without
+    mass have no derivative: a gradient from them is NaN.
     Deterministic: the same bits on the same engine, whatever the number of threads; every problem of a
-    batch is solved as if alone.
+    batch is solved as if alone. A DTensor ``M`` whose batch is split keeps its sharding, without
+    communication; other shardings are gathered. Plain tensors beside it must be the same in every
+    process, and there is no warning.
 
     Source: Tang, Shavlovsky, Rahmanian, Tardini, Thekumparampil, Xiao and Ying, "Accelerating Sinkhorn
     Algorithm with Sparse Newton Iterations", arXiv:2401.12253; here annealed, on the semi-dual, with an
@@ -130,8 +141,8 @@ def sinkhorn_newton_samples(
     potentials_init: tuple[Any, Any] | None = None,
 ) -> TransportResult:
     r"""Entropic optimal transport between points, as POT's ``ot.solve_sample``: the problem of
-    :func:`fusee.sinkhorn_newton` with costs that are computed where they are needed, so that memory
-    grows with n + m and with the plan's entries that count.
+    :func:`fusee.sinkhorn_newton` with costs that are computed where they are needed. Memory grows with
+    n + m and with the plan's entries that count; on CUDA there are also four bits for each pair.
 
     .. math:: \min_P \sum_{ij} P_{ij}\, c(x_i, y_j) + \varepsilon\, \mathrm{KL}(P \mid a b^\top)
               \quad\text{with}\quad P 1 = a,\; P^\top 1 = b
@@ -146,7 +157,8 @@ def sinkhorn_newton_samples(
         reg: the weight of the entropy, above zero: a number, or a tensor (B).
         unbalanced: the weight of both marginals' divergences, or a pair of weights; None for the
             balanced problem.
-        tol: the L1 error of both marginals together at which a problem is solved.
+        tol: the L1 error of both marginals together, over the larger of both masses, at which a problem
+            is solved.
         max_iter: the most Sinkhorn iterations and Newton steps together, of each problem.
         potentials_init: potentials (f, g) to begin with.
 
@@ -182,7 +194,7 @@ def sinkhorn_newton_samples(
     if metric not in METRICS:
         raise ValueError(f"metric must be one of {METRICS}, got {metric!r}")
     dtype = torch.promote_types(x.dtype, y.dtype)
-    points = {"X_a": x.to(dtype), "X_b": y.to(dtype)}
+    points = {"X_a": x.to(dtype), "X_b": beside(x, y).to(dtype)}
     numpy = isinstance(X_a, np.ndarray)
     number = 1 + METRICS.index(metric)
     masses = {"a": a, "b": b}
@@ -209,10 +221,7 @@ def _solve(
     weight = as_reg(reg, x_name, x)
     penalty, balanced = as_penalty(unbalanced, x)
     tol = check_number("tol", tol)
-    if isinstance(max_iter, bool) or not isinstance(max_iter, int):
-        raise TypeError(f"max_iter must be an int, got {type(max_iter).__name__}")
-    if max_iter < 1:
-        raise ValueError(f"max_iter must be positive, got {max_iter}")
+    max_iter = check_max_iter(max_iter)
     first = as_first(potentials_init, n, m, x_name, x)
     tolerance = mass_tolerance(a, b)
     scaled = scaled_to(of_a, of_b, tolerance) if balanced else of_b
@@ -229,8 +238,8 @@ def _solve(
         raise_for_values(given, both, weight, first, tolerance, balanced=balanced)
 
     require_values(x, lambda: error.isnan().any(), explain)
-    if not torch.compiler.is_compiling() and is_readable(error):
-        _warn_unless_converged(error, tol, n_iter)
+    if not torch.compiler.is_compiling() and is_readable(error) and not error.is_meta:
+        _warn_unless_converged(error, tol, unit_of_mass(of_a, scaled), n_iter)
     tensors = {"a": of_a, "b": scaled, "reg": weight, "penalty": penalty, "f": f, "g": g}
     tensors |= {"value": value, "error": error, "n_iter": n_iter, "stages": stages}
     if not batched:
@@ -239,14 +248,14 @@ def _solve(
     return TransportResult(points | tensors, metric, tol, numpy)
 
 
-def _warn_unless_converged(error: Tensor, tol: float, n_iter: Tensor) -> None:
-    left = error > tol
+def _warn_unless_converged(error: Tensor, tol: float, mass: Tensor, n_iter: Tensor) -> None:
+    left = error > tol * mass
     count = int(left.sum())
     if count > 0:
         warnings.warn(
             f"sinkhorn_newton: {count} of {len(error)} problems did not converge: marginal error up to "
             f"{float(error[left].max()):.3g} after up to {int(n_iter[left].max())} iterations, above "
-            f"tol={tol:.3g}",
+            f"tol={tol:.3g} of the mass",
             RuntimeWarning,
             stacklevel=4,
         )

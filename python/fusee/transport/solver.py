@@ -1,4 +1,4 @@
-"""The operators of transport, and the derivatives of what the solver returns."""
+"""The operator of the solver, and the derivatives of what it returns."""
 
 from __future__ import annotations
 
@@ -7,106 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusee._op import Op, batch_outer, fold_batch, push_forward, unfold_batch
-from fusee.transport.plans import (
-    charge,
-    costs,
-    exponentials,
-    factor,
-    gradient_reference,
-    plan_reference,
-    solve_reference,
-)
+from fusee._op import Op, push_forward
+from fusee.transport.batches import sharding_of_problems, vmap_of_problems
+from fusee.transport.plans import charge, costs, exponentials, factor
 from fusee.transport.reference_solver import STAGE_COLUMNS, STAGES, solver_reference
-
-
-def _vmap(name: str) -> Any:
-    """The rule of an operator whose tensors all begin with the problems of a batch."""
-
-    def rule(info: Any, in_dims: Any, *args: Any) -> Any:
-        places = [i for i, value in enumerate(args) if isinstance(value, Tensor)]
-        dims = [in_dims[i] for i in places]
-        tensors = [args[i] for i in places]
-        outer = batch_outer(tensors, dims)
-        folded = list(args)
-        for place, tensor in zip(places, fold_batch(info, dims, tensors), strict=True):
-            folded[place] = tensor
-        outputs = getattr(torch.ops.fusee, name)(*folded)
-        if isinstance(outputs, Tensor):
-            return unfold_batch(info, outputs, outer), 0
-        # Without y there is no gradient in it.
-        results = (
-            unfold_batch(info, out, outer)
-            if len(out) == len(folded[0])
-            else out.expand(info.batch_size, 0)
-            for out in outputs
-        )
-        return tuple(results), (0,) * len(outputs)
-
-    return rule
-
-
-# --- the plan, and sums over it -----------------------------------------------------------------------
-
-
-def _plan_fake(
-    x: Tensor, y: Tensor | None, metric: int, a: Tensor, b: Tensor, *others: Tensor
-) -> Tensor:
-    return x.new_empty((x.shape[0], a.shape[1], b.shape[1]))
-
-
-def _gradient_fake(
-    x: Tensor, y: Tensor | None, metric: int, a: Tensor, b: Tensor, *others: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    grad_y = x.new_empty((0,) if y is None else y.shape)
-    return x.new_empty(x.shape), grad_y, a.new_empty(a.shape), b.new_empty(b.shape)
-
-
-transport_plan = Op(
-    "transport_plan",
-    fake=_plan_fake,
-    reference=plan_reference,
-    vmap=_vmap("transport_plan"),
-    differentiable=((0, 1, 3, 4, 6, 7), (0,)),
-)
-transport_gradient = Op(
-    "transport_gradient",
-    fake=_gradient_fake,
-    reference=gradient_reference,
-    vmap=_vmap("transport_gradient"),
-    differentiable=((0, 1, 3, 4, 6, 7, 8, 9), (0, 1, 2, 3)),
-)
-
-
-# --- the system of implicit derivatives ---------------------------------------------------------------
-
-
-def _solve_fake(
-    x: Tensor, y: Tensor | None, metric: int, a: Tensor, b: Tensor, *others: Tensor
-) -> tuple[Tensor, Tensor]:
-    return a.new_empty(a.shape), b.new_empty(b.shape)
-
-
-def _no_derivative(*args: Any) -> Any:
-    raise NotImplementedError(
-        "sinkhorn_newton: potentials and plans have first derivatives, the value has first and second "
-        "ones; this asks for one more"
-    )
-
-
-transport_solve = Op(
-    "transport_solve",
-    fake=_solve_fake,
-    reference=solve_reference,
-    vmap=_vmap("transport_solve"),
-    differentiable=((0, 1, 3, 4, 7, 8, 9, 10), (0, 1)),
-    saved=(),
-    backward=_no_derivative,
-    jvp=_no_derivative,
-)
-
-
-# --- the solver ---------------------------------------------------------------------------------------
+from fusee.transport.transport_plan import transport_plan_gradient
+from fusee.transport.transport_solve import transport_solve
 
 
 def _solver_fake(
@@ -156,7 +62,7 @@ def _solver_backward(
         grad_a, grad_b = grad_a - moved * f, grad_b + moved * g
     grad_x = grad_y = None
     if implicit or any(ctx.needs_input_grad[:2]):
-        grad_x, grad_y, rows, columns = transport_gradient(*problem, *at, left, right)
+        grad_x, grad_y, rows, columns = transport_plan_gradient(*problem, *at, left, right)
         if implicit:
             grad_a = grad_a - reg1 * rows
             grad_b = grad_b - reg1 * (columns - value * factor_b)
@@ -204,7 +110,8 @@ solver = Op(
     "sinkhorn_newton",
     fake=_solver_fake,
     reference=solver_reference,
-    vmap=_vmap("sinkhorn_newton"),
+    vmap=vmap_of_problems("sinkhorn_newton"),
+    sharding=sharding_of_problems(6),
     differentiable=((0, 1, 3, 4), (0, 1, 2)),
     saved=(1, 2),
     backward=_solver_backward,
