@@ -194,7 +194,9 @@ def build_run(
         outputs = _flat(output)
         if not upstream:
             upstream.extend(torch.randn_like(each) if each.dim() else None for each in outputs)
-        return torch.autograd.grad(outputs, leaves, upstream, retain_graph=keep)
+        # A contender may have parameters of its own, which the others do not use.
+        grads = torch.autograd.grad(outputs, leaves, upstream, retain_graph=keep, allow_unused=True)
+        return tuple(grad for grad in grads if grad is not None)
 
     if mode == "backward":
         kept = function(**inputs)

@@ -1,11 +1,12 @@
-"""Small classifiers of digits: softmax, StableMax, the weight compander, few filters, transport.
+"""Small classifiers of digits: softmax, StableMax, the weight compander, few filters, structured layers,
+transport.
 
 What `make demo` runs. The digits are scikit-learn's: 1797 real images of 8 x 8 pixels, which come with
 the package. For each seed, all methods get the same split, the same initial weights and the same order
 of batches. Then a convolutional network is trained with all its filters, with exactly half and exactly
-a quarter of them, chosen by the group envelope, and the others are cut out. Last, images are read by
-their nearest neighbour, in the distance of pixels and in that of optimal transport. Every number printed
-is computed in the run.
+a quarter of them, chosen by the group envelope, and the others are cut out; an MLP-mixer with dense and
+with Monarch layers. Last, images are read by their nearest neighbour, in the distance of pixels and in
+that of optimal transport. Every number printed is computed in the run.
 
     python examples/demo.py                     about a minute on a free core
 """
@@ -25,13 +26,14 @@ matplotlib.use("Agg")
 import filters
 import fusee
 import matplotlib.pyplot as plt
+import monarch
+import neighbours
 import torch
 import torch.nn.functional as F
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 from tqdm import tqdm
-from transport import centres
 
 
 @dataclass(frozen=True)
@@ -298,44 +300,25 @@ def sparse_plot(runs: dict[str, Sparse], path: Path) -> None:
     plt.close(figure)
 
 
-# --- neighbours by transport --------------------------------------------------------------------------
+# --- structured layers ----------------------------------------------------------------------------
 
-KNOWN, ASKED = 10, 100
-"""Images of each digit whose digit is known, and images to be read."""
-
-
-def moved(images: Tensor) -> Tensor:
-    """One pixel to the right; the last column is lost, and mostly empty."""
-    return F.pad(images.view(-1, 8, 8)[:, :, :-1], (1, 0)).flatten(1)
+KINDS = ("dense", "Monarch", "projected", "narrow")
+MIXER = monarch.Size(width=128, nblocks=8)
+MIXER_EPOCHS = 10
 
 
-def transport_costs(x: Tensor, others: Tensor) -> Tensor:
-    """The least cost of turning an image into each other, their centres of mass at one place."""
-    a, b = x / x.sum(), others / others.sum(1, keepdim=True)
-    costs = torch.cdist(centres(), centres()).square().expand(len(b), -1, -1)
-    result = fusee.sinkhorn_newton(costs, a.expand_as(b), b, reg=1.0)
-    # With squared distances, a shift of the whole adds its square.
-    return result.value_linear - ((a - b) @ centres()).square().sum(1)
-
-
-def neighbours_table(data: Split) -> str:
-    """How many images are read rightly, as they are and moved."""
-    known = torch.cat([(data.y == digit).nonzero()[:KNOWN, 0] for digit in range(10)])
-    x, y, truth = data.x[known].double(), data.y[known], data.y_test[:ASKED]
-    rows = [("nearest neighbour by", "accuracy %", "images moved by a pixel", "us a pair")]
-    asked = [images.double() for images in (data.x_test[:ASKED], moved(data.x_test[:ASKED]))]
-    distances: dict[str, Callable[[Tensor], Tensor]] = {
-        "pixels": lambda image: (x - image).square().sum(1),
-        "transport": lambda image: transport_costs(image, x),
-    }
-    for name, distance in distances.items():
-        start, right = time.process_time(), []
-        for images in asked:
-            found = [y[distance(image).argmin()] for image in tqdm(images, name, leave=False)]
-            right.append(100 * (torch.stack(found) == truth).float().mean().item())
-        each = (time.process_time() - start) / (2 * ASKED * len(x))
-        rows.append((name, *(f"{share:.1f}" for share in right), f"{1e6 * each:.1f}"))
-    return aligned(rows)
+def structured_table(splits: list[Split]) -> str:
+    """A mixer whose channel layers are dense, or Monarch's, or dense and narrow."""
+    runs: dict[str, list[monarch.Run]] = {kind: [] for kind in KINDS}
+    with tqdm(total=len(KINDS) * len(splits) * MIXER_EPOCHS, unit="epoch") as bar:
+        for seed, data in enumerate(splits):
+            tensors = data.x, data.y, data.x_test, data.y_test
+            for kind in KINDS:
+                bar.set_description(f"{kind + ' layers':20} seed {seed}")
+                run = monarch.train(kind, *tensors, seed, MIXER_EPOCHS, bar.update, MIXER)
+                runs[kind].append(run)
+                bar.set_postfix(accuracy=f"{run.accuracy[-1]:.2f} %")
+    return aligned(monarch.table(runs))
 
 
 def main() -> None:
@@ -387,9 +370,18 @@ def main() -> None:
     )
     print(f"picture: {picture}\n")
 
-    print(neighbours_table(splits[0]))
+    print(f"an MLP-mixer, {MIXER_EPOCHS} epochs, {MIXER.width} channels, ms of the processor\n")
+    print(structured_table(splits))
     print(
-        f"\n{ASKED} test images against {KNOWN} known ones of each digit, seed 0; us of the processor"
+        "\nprojected: dense for half of the epochs, then the nearest Monarch layers; narrow: dense with"
+        "\nas many parameters as Monarch\n"
+    )
+
+    known = neighbours.Known.of(splits[0].x, splits[0].y)
+    print(aligned(neighbours.table(known, splits[0].x_test, splits[0].y_test)))
+    print(
+        f"\n{neighbours.ASKED} test images against {neighbours.KNOWN} known ones of each digit, seed 0; "
+        "us of the processor"
     )
 
 

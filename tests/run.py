@@ -41,7 +41,8 @@ class Part:
         """Runs it; prints its output if it fails."""
         path = OUT / f"{self.name.replace(' ', '-')}.json"
         path.unlink(missing_ok=True)
-        command = [sys.executable, "-m", "pytest", "-q", "-rfE", "--tb=short", *self.arguments]
+        command = [sys.executable, "-m", "pytest", "-q", "-rfE", "--tb=short", "--durations=15"]
+        command += self.arguments
         if self.counts_itself:
             command += ["--counts", str(path)]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", **self.environment}
@@ -120,7 +121,7 @@ def first_parts() -> list[Part]:
 
 
 def last_parts(bench: bool) -> list[Part]:
-    """What needs the engines' results, or the machine for itself."""
+    """What needs the engines' results, and what is not about an engine."""
     parts = [
         Part("engines agree", ["tests/test_engines.py", "--outputs", str(OUT)]),
         Part(
@@ -167,7 +168,7 @@ def main() -> int:
         old.unlink()
     with ThreadPoolExecutor(options.jobs) as pool:
         parts = list(pool.map(Part.run, first_parts()))
-    parts += [part.run() for part in last_parts(not options.no_bench)]
+        parts += pool.map(Part.run, last_parts(not options.no_bench))
     print("\n" + table(parts, compiled_only()))
     return int(any(part.failed for part in parts))
 

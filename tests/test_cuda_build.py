@@ -45,6 +45,8 @@ class Kernel:
     local: int
     memory: set[str] = field(default_factory=set)
     """Its instructions that reach global or local memory, such as LDG.E.128."""
+    products: set[str] = field(default_factory=set)
+    """Its instructions of tensor cores, such as HMMA.16816.F32.BF16."""
 
     @property
     def spills(self) -> bool:
@@ -56,8 +58,9 @@ class Kernel:
         )
 
     def has(self, operation: str) -> bool:
-        """Whether it has 16-byte instructions of a kind, LDG or STG."""
-        return any(op.startswith(f"{operation}.E") and ".128" in op for op in self.memory)
+        """Whether it has 16-byte instructions of a kind: LDG, also past registers, or STG."""
+        kinds = (f"{operation}.E", f"{operation}STS.E")
+        return any(op.startswith(kinds) and ".128" in op for op in self.memory)
 
 
 def missing(reason: str) -> None:
@@ -125,6 +128,8 @@ def parse(resources: str, code: str) -> list[Kernel]:
             current = kernels.get(function[1])
         elif current is not None and (found := re.search(r"\s((?:LD|ST)[GL][.\w]*)", line)):
             current.memory.add(found[1])
+        elif current is not None and (found := re.search(r"\s(HMMA[.\w]*)", line)):
+            current.products.add(found[1])
     return list(kernels.values())
 
 
@@ -186,6 +191,8 @@ def test_wide_accesses(record: str, expected: CudaKernel, kernels: list[Kernel])
         assert kernel.has("LDG"), f"{kernel.name} has no LDG.E.128"
         if expected.stores:
             assert kernel.has("STG"), f"{kernel.name} has no STG.E.128"
+        if re.search(expected.tensor_cores, kernel.name):
+            assert kernel.products, f"{kernel.name} has no HMMA"
 
 
 def test_every_record_names_its_kernels() -> None:
@@ -203,7 +210,10 @@ def test_the_reading_of_listings() -> None:
         "\t\tFunction : a\n        /*0060*/                   LDG.E.128 R2, desc[UR6][R2.64] ;\n"
         "        /*0070*/                   STG.E.U16 desc[UR6][R2.64], R4 ;\n"
         "\t\tFunction : b\n        /*0060*/              @!P0 LDL R2, [R1] ;\n"
+        "        /*0070*/                   LDGSTS.E.BYPASS.128 [R5], desc[UR8][R6.64] ;\n"
+        "        /*0080*/                   HMMA.16816.F32.BF16 R4, R8, R12, R4 ;\n"
     )
     a, b = parse(resources, code)
     assert (a.registers, a.spills, a.has("LDG"), a.has("STG")) == (54, False, True, False)
-    assert b.spills
+    assert b.spills and b.has("LDG") and not b.has("STG")
+    assert b.products == {"HMMA.16816.F32.BF16"} and not a.products

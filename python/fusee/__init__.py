@@ -21,6 +21,9 @@ from fusee.prox.prox_group_envelope import prox_group_envelope
 from fusee.reparam.compand import compand
 from fusee.reparam.compand_foreach import compand_foreach
 from fusee.reparam.compand_inverse import compand_inverse
+from fusee.structured.block_diagonal_matmul import block_diagonal_matmul
+from fusee.structured.monarch_matmul import monarch_matmul
+from fusee.structured.monarch_project import monarch_project, monarch_to_dense
 from fusee.transport.result import TransportResult
 from fusee.transport.sinkhorn_newton import sinkhorn_newton, sinkhorn_newton_samples
 
@@ -28,6 +31,7 @@ __version__ = "0.1.0"
 __all__ = [
     "GroupTable",
     "TransportResult",
+    "block_diagonal_matmul",
     "compand",
     "compand_foreach",
     "compand_inverse",
@@ -35,6 +39,9 @@ __all__ = [
     "group_envelope",
     "linear_stablemax_cross_entropy",
     "log_stablemax",
+    "monarch_matmul",
+    "monarch_project",
+    "monarch_to_dense",
     "nn",
     "optim",
     "project_top_k_ball",

@@ -40,6 +40,16 @@ def check_same_device(name: str, value: Tensor, other_name: str, other: Tensor) 
         )
 
 
+def check_beside(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
+    """Raises unless the tensor of a matrix product has the device of the other one, and, where autocast
+    does not see to it, its dtype."""
+    check_same_device(name, value, other_name, other)
+    if value.dtype != other.dtype and not autocast_enabled(other):
+        raise TypeError(
+            f"{name} must have the dtype of {other_name} {other.dtype}, got {value.dtype}"
+        )
+
+
 def check_dim(dim: Any, ndim: int) -> int:
     """The dimension counted from the front; IndexError when out of range, as in torch."""
     if isinstance(dim, bool) or not isinstance(dim, int):
@@ -80,6 +90,15 @@ def autocast_enabled(tensor: Tensor) -> bool:
     device = tensor.device.type
     known = device in ("cpu", "cuda") or torch.amp.is_autocast_available(device)
     return known and torch.is_autocast_enabled(device)
+
+
+def autocast_product(*tensors: Tensor | None) -> list[Any]:
+    """The tensors of a matrix product as autocast casts them: to its dtype, but float64 stays."""
+    first = next(tensor for tensor in tensors if tensor is not None)
+    if not autocast_enabled(first):
+        return list(tensors)
+    low = torch.get_autocast_dtype(first.device.type)
+    return [t if t is None or t.dtype == torch.float64 else t.to(low) for t in tensors]
 
 
 def has_twice(tensors: Sequence[Tensor]) -> bool:

@@ -104,6 +104,8 @@ class CudaKernel:
     name: str
     """A regular expression over names without namespaces, ``run_rows<BlockRow<...``."""
     stores: bool = True
+    tensor_cores: str = r"\A\Z"
+    """A regular expression over the names of those that multiply on tensor cores; none by default."""
 
 
 @dataclass(frozen=True)
@@ -134,9 +136,10 @@ class OpSpec:
     dtype, rounded to the dtype of the result, as torch's own softmax computes."""
     dtypes: tuple[torch.dtype, ...] = ALL_DTYPES
     output_dtype: Callable[[torch.dtype], torch.dtype] = lambda dtype: dtype
-    autocast_dtype: Callable[[torch.dtype], torch.dtype] = lambda dtype: (
+    autocast_dtype: Callable[[torch.dtype, torch.dtype], torch.dtype] = lambda dtype, cast: (
         torch.float64 if dtype == torch.float64 else torch.float32
     )
+    """The dtype of the output, from that of the input and that of autocast."""
     properties: dict[str, Callable[[Sample, Tensor], None]] = field(default_factory=dict)
     """Assertions about every result, by name."""
     nan_samples: Callable[[Maker], Iterable[NanSample]] | None = None

@@ -69,7 +69,7 @@ def test_autocast(spec: OpSpec, dtype: torch.dtype, device: str, cast: torch.dty
             leaves = detached(sample.arguments, names)
             with torch.autocast(device, cast):
                 output = spec.function(**leaves)
-            assert output.dtype == spec.autocast_dtype(dtype)
+            assert output.dtype == spec.autocast_dtype(dtype, cast)
             exact_arguments = of_floats(sample.arguments, torch.float64)
             exact = spec.oracle(**exact_arguments)
             bound = 8 * torch.finfo(cast).eps
@@ -102,7 +102,7 @@ def test_autocast_in_compiled_code(spec: OpSpec, device: str) -> None:
     assert (
         compiled(**arguments).dtype
         == call(**arguments).dtype
-        == spec.autocast_dtype(torch.bfloat16)
+        == spec.autocast_dtype(torch.bfloat16, torch.bfloat16)
     )
 
 

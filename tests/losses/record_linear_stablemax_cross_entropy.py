@@ -130,7 +130,7 @@ RECORDS = [
             "linear_stablemax_cross_entropy_backward": (0, 1, 2, 4),
         },
         output_dtype=accumulation,
-        autocast_dtype=accumulation,
+        autocast_dtype=lambda dtype, cast: accumulation(dtype),
         properties={"not negative": _not_negative},
         large=_large,
         not_batched=("weight",),

@@ -220,7 +220,7 @@ RECORDS = [
             "stablemax_cross_entropy_backward": (0, 1, 2),
         },
         output_dtype=accumulation,
-        autocast_dtype=accumulation,
+        autocast_dtype=lambda dtype, cast: accumulation(dtype),
         properties={"not negative": _not_negative},
         nan_samples=_nan_samples,
         large=_large,

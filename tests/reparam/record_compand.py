@@ -253,7 +253,7 @@ def _record(name: str, **fields: Any) -> OpSpec:
         error_inputs=_error_inputs,
         differentiable=("input", "a", "b"),
         raw={"compand": (0, 1, 2), "compand_backward": (0, 1, 2, 3)},
-        autocast_dtype=lambda dtype: dtype,
+        autocast_dtype=lambda dtype, cast: dtype,
         properties=properties,
         # The gradients in a and b of mu_law are differences of two sums.
         engine_ulps=8.0,

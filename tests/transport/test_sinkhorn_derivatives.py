@@ -183,10 +183,14 @@ def test_orders_that_there_are_not() -> None:
         lambda M: solve(M).plan.square().sum(),
     ]
     for output in outputs:
-        with pytest.raises(NotImplementedError, match="first derivatives, the value has first ones"):
+        with pytest.raises(
+            NotImplementedError, match="first derivatives, the value has first ones"
+        ):
             _second(output(M), M)
     for output in outputs[1:]:
-        with pytest.raises(NotImplementedError, match="first derivatives, the value has first ones"):
+        with pytest.raises(
+            NotImplementedError, match="first derivatives, the value has first ones"
+        ):
             torch.func.hessian(output)(M.detach())
 
 

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from fusee._checks import (
     accumulate_dtype,
-    autocast_enabled,
+    autocast_product,
+    check_beside,
     check_floating,
-    check_same_device,
     require_values,
 )
 from fusee._op import Op, backward_follows, is_readable
@@ -247,11 +247,6 @@ _linear_stablemax_cross_entropy_backward = Op(
 )
 
 
-def _lowered(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """As autocast casts: float64 stays."""
-    return tensor if tensor.dtype == torch.float64 else tensor.to(dtype)
-
-
 def linear_stablemax_cross_entropy(
     input: Tensor,
     linear_weight: Tensor,
@@ -327,13 +322,8 @@ def linear_stablemax_cross_entropy(
                 f"got {tuple(linear_bias.shape)}"
             )
         tensors["linear_bias"] = linear_bias
-    autocast = autocast_enabled(input)
     for name, tensor in tensors.items():
-        check_same_device(name, tensor, "input", input)
-        if tensor.dtype != input.dtype and not autocast:
-            raise TypeError(
-                f"{name} must have the dtype of input {input.dtype}, got {tensor.dtype}"
-            )
+        check_beside(name, tensor, "input", input)
     ignore_index = check_ignore_index(ignore_index)
     number = check_reduction(reduction)
     label_smoothing = check_number("label_smoothing", label_smoothing, 0.0, 1.0)
@@ -348,10 +338,7 @@ def linear_stablemax_cross_entropy(
             label_smoothing=label_smoothing,
             dim=-1,
         )
-    if autocast:
-        low = torch.get_autocast_dtype(input.device.type)
-        input, linear_weight = _lowered(input, low), _lowered(linear_weight, low)
-        linear_bias = None if linear_bias is None else _lowered(linear_bias, low)
+    input, linear_weight, linear_bias = autocast_product(input, linear_weight, linear_bias)
     class_weight = check_class_weight(weight, classes, input)
     checked = check_target(target, input, input.dim() - 1, ignore_index)
     rows = math.prod(input.shape[:-1])

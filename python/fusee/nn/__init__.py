@@ -9,6 +9,8 @@ from fusee.reparam.compand_model import compand_model, compander_param_groups, f
 from fusee.reparam.compander import Compander
 from fusee.reparam.weight_histograms import plot_weight_histograms
 from fusee.reparam.weight_report import WeightReport, weight_report
+from fusee.structured.monarch_linear import MonarchLinear
+from fusee.structured.monarchize import MonarchReport, MonarchRow, densify, monarchize
 
 __all__ = [
     "Compander",
@@ -17,6 +19,9 @@ __all__ = [
     "LayerCut",
     "LinearStableMaxCrossEntropyLoss",
     "LogStableMax",
+    "MonarchLinear",
+    "MonarchReport",
+    "MonarchRow",
     "PrunableGroups",
     "StableMax",
     "StableMaxCrossEntropyLoss",
@@ -24,7 +29,9 @@ __all__ = [
     "compand_model",
     "compander_param_groups",
     "cut_zero_groups",
+    "densify",
     "fold_companders",
+    "monarchize",
     "plot_weight_histograms",
     "prunable_groups",
     "weight_report",

@@ -1,0 +1,1 @@
+"""Structured layers: products of sparse factors in the place of dense matrices."""
