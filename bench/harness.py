@@ -65,11 +65,13 @@ class Peer:
         requires: the package that must be importable. When it is not, the report names this peer as
             absent.
         slow_start: left out, by name, of `--quick` (it compiles for many seconds).
+        grad: names of the inputs that it differentiates, where these are not the case's.
     """
 
     make: Callable[[], Callable[..., Any]]
     requires: str = ""
     slow_start: bool = False
+    grad: Sequence[str] = ()
 
     def build(self) -> Callable[..., Any]:
         """Return the function to time, or raise `Absent`."""
@@ -194,9 +196,7 @@ def build_run(
         outputs = _flat(output)
         if not upstream:
             upstream.extend(torch.randn_like(each) if each.dim() else None for each in outputs)
-        # A contender may have parameters of its own, which the others do not use.
-        grads = torch.autograd.grad(outputs, leaves, upstream, retain_graph=keep, allow_unused=True)
-        return tuple(grad for grad in grads if grad is not None)
+        return torch.autograd.grad(outputs, leaves, upstream, retain_graph=keep)
 
     if mode == "backward":
         kept = function(**inputs)

@@ -186,7 +186,7 @@ def _prepare(
     if settings.quick and peer.slow_start:
         return {"status": "absent", "why": "left out by --quick"}
     try:
-        run = build_run(peer.build(), inputs, case.grad, mode)
+        run = build_run(peer.build(), inputs, peer.grad or case.grad, mode)
         run()  # compiles, loads, starts thread pools
         start = time.perf_counter()
         extra = memory.peak_extra_bytes(run, settings.device)

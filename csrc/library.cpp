@@ -115,16 +115,19 @@ STABLE_TORCH_LIBRARY(fusee, m) {
 
   // --- structured -----------------------------------------------------------------------------
   // Every block of the input (rows, k p) times its block of the weight (k, q, p): (rows, k q).
-  m.def("block_diagonal_matmul(Tensor input, Tensor weight, Tensor? bias) -> Tensor");
+  m.def("block_diagonal_matmul(Tensor input, Tensor weight, Tensor? bias, bool tf32) -> Tensor");
   m.def(
-      "block_diagonal_matmul_backward(Tensor grad, Tensor input, Tensor weight, int wanted) "
+      "block_diagonal_matmul_backward(Tensor grad, Tensor input, Tensor weight, int wanted, "
+      "bool tf32) "
       "-> (Tensor grad_input, Tensor grad_weight)");
   // Two of these with strided permutations after each: input (rows, k p), w1 (k, q, p), w2 (l, s, r) with
   // k q = l r, and (rows, l s) of output. Element h of the middle goes to element h / l of block h % l, element i
   // of block j to i l + j of the output. Bit i of `wanted` asks for the i-th gradient; the others are empty.
-  m.def("monarch_matmul(Tensor input, Tensor w1, Tensor w2, Tensor? bias) -> Tensor");
+  // tf32: CUDA may round the operands of float32 products to that.
+  m.def("monarch_matmul(Tensor input, Tensor w1, Tensor w2, Tensor? bias, bool tf32) -> Tensor");
   m.def(
-      "monarch_matmul_backward(Tensor grad, Tensor input, Tensor w1, Tensor w2, int wanted) "
+      "monarch_matmul_backward(Tensor grad, Tensor input, Tensor w1, Tensor w2, int wanted, "
+      "bool tf32) "
       "-> (Tensor grad_input, Tensor grad_w1, Tensor grad_w2)");
 }
 

@@ -173,7 +173,8 @@ def table(runs: dict[str, list[Run]]) -> list[tuple[str, ...]]:
         changes = kind in ("projected", "densified")
         halves: list[list[float]] = [[], []]
         for run in of_kind:
-            middle = len(run.steps) // 2
+            steps = len(run.steps) // len(run.accuracy)
+            middle = len(run.accuracy) // 2 * steps
             halves[0] += run.steps[:middle]
             halves[1] += run.steps[middle:]
         last = [run.accuracy[-1] for run in of_kind]

@@ -13,6 +13,7 @@ from bench.harness import FMA, Case, Peer, Work, bench_cases
 from bench.structured.peers import dense_linear, fly_monarch, plain_monarch
 
 FLY = "fly: two torch.bmm and permutations"
+PLAIN = "two torch.bmm and permutations, plain operators"
 COMPILED = "the same, torch.compile"
 DENSE = "dense F.linear"
 WIDTHS = {256: (4, 16), 1024: (4, 16, 32), 4096: (4, 16, 64)}
@@ -60,18 +61,19 @@ def case(
     contenders = {
         "fusee": Peer(fusee_monarch, requires="fusee"),
         FLY: Peer(lambda: fly_monarch),
+        PLAIN: Peer(lambda: plain_monarch),
         **(
             {COMPILED: Peer(lambda: torch.compile(plain_monarch), slow_start=True)}
             if compiled
             else {}
         ),
-        **({DENSE: Peer(lambda: dense_linear)} if dense else {}),
+        **({DENSE: Peer(lambda: dense_linear, grad=("input", "dense"))} if dense else {}),
     }
     return Case(
         name="monarch_matmul",
         label=f"{batch} x {n}, {nblocks} blocks, {str(dtype).removeprefix('torch.')}",
         setup=setup,
-        grad=("input", "w1", "w2", "dense"),
+        grad=("input", "w1", "w2"),
         ceiling="fma" if dtype == torch.float32 else "none",
         work={mode: work[mode] for mode in ("forward", *bars) if mode in work},
         contenders=contenders,

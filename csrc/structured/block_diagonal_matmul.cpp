@@ -72,7 +72,7 @@ void blocks_of_few(const Arguments& call, const A* bias, T* output) {
 }
 
 Tensor block_diagonal_matmul(const Tensor& input, const Tensor& weight,
-                             const std::optional<Tensor>& bias) {
+                             const std::optional<Tensor>& bias, bool) {
   const Arguments call(input, weight);
   const Blocks& shape = call.shape;
   check_bias(bias, input, shape.width_out());
@@ -104,7 +104,8 @@ Tensor block_diagonal_matmul(const Tensor& input, const Tensor& weight,
 }
 
 std::tuple<Tensor, Tensor> block_diagonal_matmul_backward(const Tensor& grad, const Tensor& input,
-                                                          const Tensor& weight, int64_t wanted) {
+                                                          const Tensor& weight, int64_t wanted,
+                                                          bool) {
   const bool input_grad = wanted & 1, weight_grad = wanted & 2;
   const Arguments call(input, weight);
   const Blocks& shape = call.shape;

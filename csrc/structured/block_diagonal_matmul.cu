@@ -17,7 +17,7 @@ namespace {
 using namespace cuda;
 
 Tensor block_diagonal_matmul(const Tensor& input_, const Tensor& weight_,
-                             const std::optional<Tensor>& bias_) {
+                             const std::optional<Tensor>& bias_, bool tf32) {
   const Context context(input_);
   const Tensor x = as_aligned(input_), weight = as_aligned(weight_);
   const std::optional<Tensor> bias = as_contiguous(bias_);
@@ -29,13 +29,14 @@ Tensor block_diagonal_matmul(const Tensor& input_, const Tensor& weight_,
     launch_block_product<false>(input_columns<T, Layout::kBlocked>(x, shape.count, shape.in),
                                 input<T>(weight), input<T>(bias),
                                 output_columns<T, Layout::kBlocked>(y, shape.count, shape.out),
-                                context.stream);
+                                tf32, context.stream);
   });
   return y;
 }
 
 std::tuple<Tensor, Tensor> block_diagonal_matmul_backward(const Tensor& grad_, const Tensor& input_,
-                                                          const Tensor& weight_, int64_t wanted) {
+                                                          const Tensor& weight_, int64_t wanted,
+                                                          bool tf32) {
   const bool input_grad = wanted & 1, weight_grad = wanted & 2;
   const Context context(grad_);
   const Tensor grad = as_aligned(grad_), x = as_aligned(input_), weight = as_aligned(weight_);
@@ -50,10 +51,11 @@ std::tuple<Tensor, Tensor> block_diagonal_matmul_backward(const Tensor& grad_, c
     if (input_grad)
       launch_block_product<true>(
           of_grad, input<T>(weight), Global<const T>{},
-          output_columns<T, Layout::kBlocked>(grad_input, shape.count, shape.in), context.stream);
+          output_columns<T, Layout::kBlocked>(grad_input, shape.count, shape.in), tf32,
+          context.stream);
     if (weight_grad)
       launch_weight_gradient(of_grad, input_columns<T, Layout::kBlocked>(x, shape.count, shape.in),
-                             grad_weight, context.stream);
+                             grad_weight, tf32, context.stream);
   });
   return {grad_input, grad_weight};
 }

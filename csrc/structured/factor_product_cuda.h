@@ -53,8 +53,9 @@ struct RowsOfFactor {
 };
 
 // The transposed factor: (count, in, out) in memory, of which rows of a pass are the columns from `first` on.
-template <typename T>
+template <typename E>
 struct ColumnsOfFactor {
+  using T = stored_t<E>;
   static constexpr bool kAcross = true;
 
   Global<const T> data;
@@ -62,7 +63,7 @@ struct ColumnsOfFactor {
   int first = 0;
 
   static FUSEE_HOST_DEVICE int elements(const Walk& walk) {
-    return walk.blocks_at_once * walk.length * padded<T>(16 * walk.tiles_at_once);
+    return walk.blocks_at_once * walk.length * pitch(16 * walk.tiles_at_once);
   }
   FUSEE_DEVICE void copy(const Pass& pass, int from, int length, const Shared<T>& to) const {
     const int wanted = 16 * pass.tiles, column = first + pass.row;
@@ -70,21 +71,25 @@ struct ColumnsOfFactor {
                 pass.blocks * length, wanted, clamp(columns - column, wanted), [&](int i) {
                   const int block = pass.block + i / length, place = from + i % length;
                   const int64_t at = (static_cast<int64_t>(block) * depth + place) * columns;
-                  return Line{place < depth ? at + column : -1, i * padded<T>(wanted)};
+                  return Line{place < depth ? at + column : -1, i * pitch(wanted)};
                 });
   }
   FUSEE_DEVICE Operand<T, kAcross> operand(const Pass& pass, int length,
                                            const Shared<T>& tile) const {
-    const int pitch = padded<T>(16 * pass.tiles);
-    return {tile, pitch, length * pitch};
+    const int apart = pitch(16 * pass.tiles);
+    return {tile, apart, length * apart};
   }
+
+ private:
+  static FUSEE_HOST_DEVICE int pitch(int columns) { return columns + kAcrossPadding<E>; }
 };
 
 // Rows of a matrix in global memory, from `row` on.
-template <int kColumns, typename T, Layout kLayout>
+template <int kColumns, typename E, Layout kLayout>
 struct GlobalInput {
-  using Tile = Staged<kColumns, T, kLayout>;
-  static constexpr bool kAcross = Tile::kInterleaved;
+  using T = stored_t<E>;
+  static constexpr bool kAcross = kLayout == Layout::kInterleaved;
+  using Tile = Staged<kColumns, T, kLayout, kAcross ? kAcrossPadding<E> : vector_width<T>>;
   // Interleaved columns come through registers, so that nothing is gained by asking for them early.
   static constexpr int kBuffers = kAcross ? 1 : 2;
 
@@ -104,21 +109,22 @@ struct GlobalInput {
 };
 
 // The middle in shared memory: element `index` of block `block` is a row, with what is at the rows' own numbers.
-template <int kColumns, typename T>
+template <int kColumns, typename E>
 struct Middle {
+  using T = stored_t<E>;
   static constexpr bool kAcross = true;
   static constexpr int kBuffers = 2;
-  static constexpr int kPitch = kColumns + vector_width<T>;
+  static constexpr int kPitch = kColumns + kAcrossPadding<E>;
 
   Shared<T> tile;
   int blocks, size;
 
-  // Blocks are a vector more apart, so that rows of eight blocks in line lie in different banks.
+  // Blocks are so much more apart that rows of eight blocks in line lie in different banks.
   static FUSEE_HOST_DEVICE int stride(int size) {
-    return whole_steps(size) * kPitch + vector_width<T>;
+    return whole_steps(size) * kPitch + kAcrossPadding<E>;
   }
   static int64_t elements(int64_t blocks, int64_t size) {
-    return blocks * ((size + kStep - 1) / kStep * kStep * kPitch + vector_width<T>);
+    return blocks * ((size + kStep - 1) / kStep * kStep * kPitch + kAcrossPadding<E>);
   }
   static FUSEE_HOST_DEVICE int elements(const Walk&) { return 0; }
 
@@ -167,14 +173,16 @@ struct Middle {
 };
 
 // Sums into the middle: `place(block, row)` is their place in it, or -1.
-template <int kColumns, typename T, typename F>
+template <int kColumns, typename E, typename F>
 struct ToMiddle {
-  Middle<kColumns, T> middle;
+  using T = stored_t<E>;
+
+  Middle<kColumns, E> middle;
   F place;
 
-  FUSEE_DEVICE void write(const Sums<T, kColumns>& sums, const Pass& pass) const {
+  FUSEE_DEVICE void write(const Sums<E, kColumns>& sums, const Pass& pass) const {
     const int lane = static_cast<int>(threadIdx.x) & 31;
-    pass.for_each_tile<Sums<T, kColumns>::kOfWarp>([&](int u, int block, int row) {
+    pass.for_each_tile<Sums<E, kColumns>::kOfWarp>([&](int u, int block, int row) {
       for (int half = 0; half < 2; ++half) {
         const int at = place(pass.block + block, pass.row + row + lane / 4 + 8 * half);
         if (at < 0) continue;
@@ -197,7 +205,8 @@ struct ToGlobal {
   int block;
   Shared<T> memory;
 
-  FUSEE_DEVICE void write(const Sums<T, kColumns>& sums, const Pass& pass) const {
+  template <typename E>
+  FUSEE_DEVICE void write(const Sums<E, kColumns>& sums, const Pass& pass) const {
     write_columns(sums, Pass{pass.block + block, pass.row, pass.blocks, pass.tiles}, to, bias, row,
                   memory);
   }
@@ -210,7 +219,7 @@ FUSEE_HOST_DEVICE int staged_elements(const Walk& walk) {
 }
 
 // Passes [begin, end) of a walk. With two buffers the operands of a step are copied during the one before.
-template <int kColumns, typename T, typename Weights, typename Input, typename Output>
+template <typename E, int kColumns, typename T, typename Weights, typename Input, typename Output>
 FUSEE_DEVICE void multiply_factor(const Walk& walk, int begin, int end, const Weights& weights,
                                   const Input& input, const Output& output,
                                   const Shared<T>& memory) {
@@ -223,7 +232,7 @@ FUSEE_DEVICE void multiply_factor(const Walk& walk, int begin, int end, const We
     weights.copy(pass, first, walk.length, memory.slice(at, of_weights));
     input.copy(pass, first, walk.length, memory.slice(at + of_weights, of_buffer - of_weights));
   };
-  Sums<T, kColumns> sums;
+  Sums<E, kColumns> sums;
   if (kAhead && begin * steps < last) {
     copy(begin * steps);
     cp_async_commit();

@@ -37,12 +37,12 @@ struct MiddleOfSecond {
   }
 };
 
-template <typename T, int kColumns>
-__global__ void __launch_bounds__(kProductThreads, kIsHalf<T>&& kColumns == 32 ? 2 : 1)
+template <typename E, int kColumns, typename T = stored_t<E>>
+__global__ void __launch_bounds__(kProductThreads, kOnTensorCores<E>&& kColumns == 32 ? 2 : 1)
     monarch_product(Columns<const T, Layout::kBlocked> x, Global<const T> w1, Global<const T> w2,
                     Global<const T> bias, Columns<T, Layout::kInterleaved> y, MonarchPlan plan,
                     int q, int r) {
-  using InMiddle = Middle<kColumns, T>;
+  using InMiddle = Middle<kColumns, E>;
   const int64_t row = static_cast<int64_t>(blockIdx.x / plan.groups) * kColumns;
   const int block = static_cast<int>(blockIdx.x % plan.groups) * plan.group;
   const MiddleOfSecond part{y.count, q, plan.group, block, clamp(y.count - block, plan.group)};
@@ -55,7 +55,7 @@ __global__ void __launch_bounds__(kProductThreads, kIsHalf<T>&& kColumns == 32 ?
   };
   using First = RowsOfFactor<T, decltype(first_row)>;
   using Second = RowsOfFactor<T, decltype(second_row)>;
-  using Input = GlobalInput<kColumns, T, Layout::kBlocked>;
+  using Input = GlobalInput<kColumns, E, Layout::kBlocked>;
   const int of_middle = plan.group * InMiddle::stride(r);
   const int of_first = staged_elements<First, Input>(plan.first);
   const int of_second =
@@ -67,10 +67,10 @@ __global__ void __launch_bounds__(kProductThreads, kIsHalf<T>&& kColumns == 32 ?
   const Shared<T> of_output = of_steps.slice(0, kOutputElements<T, kColumns>);
 
   middle.clear_padding();
-  multiply_factor<kColumns>(plan.first, 0, plan.first.passes(), First{w1, x.size, first_row},
-                            Input{x, row}, ToMiddle<kColumns, T, decltype(place)>{middle, place},
-                            of_steps);
-  multiply_factor<kColumns>(
+  multiply_factor<E, kColumns>(plan.first, 0, plan.first.passes(), First{w1, x.size, first_row},
+                               Input{x, row}, ToMiddle<kColumns, E, decltype(place)>{middle, place},
+                               of_steps);
+  multiply_factor<E, kColumns>(
       plan.second, 0, plan.second.passes(), Second{w2, r, second_row}, middle,
       ToGlobal<kColumns, T, Layout::kInterleaved>{y, bias, row, block, of_output},
       of_steps.slice(kOutputElements<T, kColumns>, rest - kOutputElements<T, kColumns>));
@@ -99,14 +99,14 @@ struct MiddleOfFirst {
 };
 
 // x = the gradient of the input, from that of the output; `kept` is that of the middle, where it is wanted.
-template <typename T, int kColumns>
-__global__ void __launch_bounds__(kProductThreads, kIsHalf<T>&& kColumns == 32 ? 2 : 1)
+template <typename E, int kColumns, typename T = stored_t<E>>
+__global__ void __launch_bounds__(kProductThreads, kOnTensorCores<E>&& kColumns == 32 ? 2 : 1)
     monarch_input_gradient(Columns<const T, Layout::kInterleaved> grad, Global<const T> w1,
                            Global<const T> w2, Columns<T, Layout::kBlocked> x,
                            Columns<T, Layout::kBlocked> kept, MonarchPlan plan, int q, int r) {
-  using InMiddle = Middle<kColumns, T>;
-  using Input = GlobalInput<kColumns, T, Layout::kInterleaved>;
-  using Factor = ColumnsOfFactor<T>;
+  using InMiddle = Middle<kColumns, E>;
+  using Input = GlobalInput<kColumns, E, Layout::kInterleaved>;
+  using Factor = ColumnsOfFactor<E>;
   const int64_t row = static_cast<int64_t>(blockIdx.x / plan.groups) * kColumns;
   const int block = static_cast<int>(blockIdx.x % plan.groups) * plan.group;
   const MiddleOfFirst part{grad.count, q, block, clamp(x.count - block, plan.group)};
@@ -127,12 +127,12 @@ __global__ void __launch_bounds__(kProductThreads, kIsHalf<T>&& kColumns == 32 ?
   const Shared<T> of_output = of_steps.slice(0, kOutputElements<T, kColumns>);
 
   middle.clear_padding();
-  multiply_factor<kColumns>(plan.first, 0, plan.first.passes(), Factor{w2, grad.size, r, first},
-                            Input{grad, row}, ToMiddle<kColumns, T, decltype(place)>{middle, place},
-                            of_steps);
+  multiply_factor<E, kColumns>(plan.first, 0, plan.first.passes(), Factor{w2, grad.size, r, first},
+                               Input{grad, row},
+                               ToMiddle<kColumns, E, decltype(place)>{middle, place}, of_steps);
   if (kept.data) middle.write(kept, row, block);
   const Global<const T> own = w1 + static_cast<int64_t>(block) * q * x.size;
-  multiply_factor<kColumns>(
+  multiply_factor<E, kColumns>(
       plan.second, 0, plan.second.passes(), Factor{own, q, x.size}, middle,
       ToGlobal<kColumns, T, Layout::kBlocked>{x, {}, row, block, of_output},
       of_steps.slice(kOutputElements<T, kColumns>, rest - kOutputElements<T, kColumns>));

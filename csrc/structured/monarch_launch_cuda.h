@@ -41,9 +41,10 @@ int64_t left_beside(int64_t middle) {
 }
 
 // Both factors' walks and what they cost, if they fit beside the middle of a group.
-template <typename T, int kColumns, typename First, typename Input, typename Second>
+template <typename E, int kColumns, typename First, typename Input, typename Second>
 struct Planner {
-  using InMiddle = Middle<kColumns, T>;
+  using T = stored_t<E>;
+  using InMiddle = Middle<kColumns, E>;
 
   int64_t middle;
   MonarchPlan plan;
@@ -93,28 +94,29 @@ struct MonarchSizes {
   double factors() const { return double(k) * q * p + double(l) * s * r; }
 };
 
-template <typename T, int kColumns>
+template <typename E, int kColumns>
 std::optional<RatedPlan> plan_product(const MonarchSizes& z) {
-  using Factor = RowsOfFactor<T, PlainRow>;
-  using Input = GlobalInput<kColumns, T, Layout::kBlocked>;
+  using Factor = RowsOfFactor<stored_t<E>, PlainRow>;
+  using Input = GlobalInput<kColumns, E, Layout::kBlocked>;
   return cheapest(z.l, [&](int group) -> std::optional<RatedPlan> {
-    Planner<T, kColumns, Factor, Input, Factor> planner{Middle<kColumns, T>::elements(group, z.r),
+    Planner<E, kColumns, Factor, Input, Factor> planner{Middle<kColumns, E>::elements(group, z.r),
                                                         {group, divide_up(z.l, group), {}, {}}};
     const int rows = MiddleOfSecond::rows(z.l, z.q, group);
     if (!planner.walk_first(z.k, rows, z.p, false) || !planner.walk_second(z.s, z.r, true))
       return std::nullopt;
     // Less than a sector is written as a whole one.
-    const double waste = std::max(1.0, 32.0 / sizeof(T) / group);
+    const double waste = std::max(1.0, 32.0 / sizeof(stored_t<E>) / group);
     return planner.rate(z.rows, z.factors(), double(z.k) * z.p, waste * z.l * z.s);
   });
 }
 
-template <typename T, int kColumns>
+template <typename E, int kColumns>
 std::optional<RatedPlan> plan_gradient(const MonarchSizes& z) {
-  using Factor = ColumnsOfFactor<T>;
-  using Input = GlobalInput<kColumns, T, Layout::kInterleaved>;
+  using T = stored_t<E>;
+  using Factor = ColumnsOfFactor<E>;
+  using Input = GlobalInput<kColumns, E, Layout::kInterleaved>;
   return cheapest(z.k, [&](int group) -> std::optional<RatedPlan> {
-    Planner<T, kColumns, Factor, Input, Factor> planner{Middle<kColumns, T>::elements(group, z.q),
+    Planner<E, kColumns, Factor, Input, Factor> planner{Middle<kColumns, E>::elements(group, z.q),
                                                         {group, divide_up(z.k, group), {}, {}}};
     const auto columns_of = [&](int block) {
       return MiddleOfFirst{z.l, z.q, block, std::min(group, z.k - block)}.template rows<T>();
@@ -150,28 +152,32 @@ bool with_plan(const Plan& plan, const F& f) {
 template <typename T>
 bool launch_monarch_product(const MonarchSizes& z, const Columns<const T, Layout::kBlocked>& x,
                             Global<const T> w1, Global<const T> w2, Global<const T> bias,
-                            const Columns<T, Layout::kInterleaved>& y, Stream stream) {
-  return with_plan<T>([&]<int kColumns>() { return plan_product<T, kColumns>(z); },
-                      [&]<int kColumns>(const RatedPlan& rated) {
-                        launch(monarch_product<T, kColumns>,
-                               grid_of(divide_up<int64_t>(z.rows, kColumns), rated.plan.groups),
-                               kProductThreads, rated.shared, stream, x, w1, w2, bias, y,
-                               rated.plan, z.q, z.r);
-                      });
+                            const Columns<T, Layout::kInterleaved>& y, bool tf32, Stream stream) {
+  return as_multiplied<T>(tf32, [&]<typename E>() {
+    return with_plan<T>([&]<int kColumns>() { return plan_product<E, kColumns>(z); },
+                        [&]<int kColumns>(const RatedPlan& rated) {
+                          launch(monarch_product<E, kColumns>,
+                                 grid_of(divide_up<int64_t>(z.rows, kColumns), rated.plan.groups),
+                                 kProductThreads, rated.shared, stream, x, w1, w2, bias, y,
+                                 rated.plan, z.q, z.r);
+                        });
+  });
 }
 
 template <typename T>
 bool launch_monarch_gradient(const MonarchSizes& z,
                              const Columns<const T, Layout::kInterleaved>& grad, Global<const T> w1,
                              Global<const T> w2, const Columns<T, Layout::kBlocked>& x,
-                             const Columns<T, Layout::kBlocked>& kept, Stream stream) {
-  return with_plan<T>([&]<int kColumns>() { return plan_gradient<T, kColumns>(z); },
-                      [&]<int kColumns>(const RatedPlan& rated) {
-                        launch(monarch_input_gradient<T, kColumns>,
-                               grid_of(divide_up<int64_t>(z.rows, kColumns), rated.plan.groups),
-                               kProductThreads, rated.shared, stream, grad, w1, w2, x, kept,
-                               rated.plan, z.q, z.r);
-                      });
+                             const Columns<T, Layout::kBlocked>& kept, bool tf32, Stream stream) {
+  return as_multiplied<T>(tf32, [&]<typename E>() {
+    return with_plan<T>([&]<int kColumns>() { return plan_gradient<E, kColumns>(z); },
+                        [&]<int kColumns>(const RatedPlan& rated) {
+                          launch(monarch_input_gradient<E, kColumns>,
+                                 grid_of(divide_up<int64_t>(z.rows, kColumns), rated.plan.groups),
+                                 kProductThreads, rated.shared, stream, grad, w1, w2, x, kept,
+                                 rated.plan, z.q, z.r);
+                        });
+  });
 }
 
 }  // namespace cuda

@@ -65,7 +65,7 @@ void monarch_of_few(const Arguments& call, const A* bias, T* output) {
 constexpr int64_t kOutputLines = 1024;
 
 Tensor monarch_matmul(const Tensor& input, const Tensor& w1, const Tensor& w2,
-                      const std::optional<Tensor>& bias) {
+                      const std::optional<Tensor>& bias, bool) {
   const Arguments call(input, w1, w2);
   const MonarchShape& shape = call.shape;
   check_bias(bias, input, shape.width_out());
@@ -114,7 +114,7 @@ Tensor monarch_matmul(const Tensor& input, const Tensor& w1, const Tensor& w2,
 
 std::tuple<Tensor, Tensor, Tensor> monarch_matmul_backward(const Tensor& grad, const Tensor& input,
                                                            const Tensor& w1, const Tensor& w2,
-                                                           int64_t wanted) {
+                                                           int64_t wanted, bool) {
   const bool input_grad = wanted & 1, w1_grad = wanted & 2, w2_grad = wanted & 4;
   const Arguments call(input, w1, w2);
   const MonarchShape& shape = call.shape;

@@ -47,7 +47,7 @@ Columns<const T, kLayout> read(const Columns<T, kLayout>& columns) {
 }
 
 Tensor monarch_matmul(const Tensor& input_, const Tensor& w1, const Tensor& w2,
-                      const std::optional<Tensor>& bias_) {
+                      const std::optional<Tensor>& bias_, bool tf32) {
   const Call call(w1, w2);
   const MonarchShape& shape = call.shape;
   const Tensor x = as_aligned(input_);
@@ -63,11 +63,12 @@ Tensor monarch_matmul(const Tensor& input_, const Tensor& w1, const Tensor& w2,
         output_columns<T, Layout::kInterleaved>(y, shape.second.count, shape.second.out);
     const Global<const T> first = input<T>(call.w1), second = input<T>(call.w2);
     if (shape.middle() > 0 && launch_monarch_product(MonarchSizes(shape, x.size(0)), from, first,
-                                                     second, input<T>(bias), to, stream))
+                                                     second, input<T>(bias), to, tf32, stream))
       return;
     const Tensor middle = call.middle(x);
-    launch_block_product<false>(from, first, Global<const T>{}, call.as_first<T>(middle), stream);
-    launch_block_product<false>(read(call.as_second<T>(middle)), second, input<T>(bias), to,
+    launch_block_product<false>(from, first, Global<const T>{}, call.as_first<T>(middle), tf32,
+                                stream);
+    launch_block_product<false>(read(call.as_second<T>(middle)), second, input<T>(bias), to, tf32,
                                 stream);
   });
   return y;
@@ -75,7 +76,8 @@ Tensor monarch_matmul(const Tensor& input_, const Tensor& w1, const Tensor& w2,
 
 std::tuple<Tensor, Tensor, Tensor> monarch_matmul_backward(const Tensor& grad_,
                                                            const Tensor& input_, const Tensor& w1,
-                                                           const Tensor& w2, int64_t wanted) {
+                                                           const Tensor& w2, int64_t wanted,
+                                                           bool tf32) {
   const bool input_grad = wanted & 1, w1_grad = wanted & 2, w2_grad = wanted & 4;
   const Call call(w1, w2);
   const MonarchShape& shape = call.shape;
@@ -98,18 +100,18 @@ std::tuple<Tensor, Tensor, Tensor> monarch_matmul_backward(const Tensor& grad_,
     const auto kept = w1_grad ? call.as_first<T>(*of_middle) : Columns<T, Layout::kBlocked>{};
     const bool fused = input_grad && shape.middle() > 0 && x.numel() > 0 &&
                        launch_monarch_gradient(MonarchSizes(shape, x.size(0)), of_grad, first,
-                                               second, to, kept, stream);
+                                               second, to, kept, tf32, stream);
     if (!fused && (input_grad || w1_grad)) {
       const Tensor middle = w1_grad ? *of_middle : call.middle(x);
-      launch_block_product<true>(of_grad, second, none, call.as_second<T>(middle), stream);
+      launch_block_product<true>(of_grad, second, none, call.as_second<T>(middle), tf32, stream);
       if (input_grad)
-        launch_block_product<true>(read(call.as_first<T>(middle)), first, none, to, stream);
+        launch_block_product<true>(read(call.as_first<T>(middle)), first, none, to, tf32, stream);
     }
-    if (w1_grad) launch_weight_gradient(read(kept), of_x, grad_w1, stream);
+    if (w1_grad) launch_weight_gradient(read(kept), of_x, grad_w1, tf32, stream);
     if (w2_grad) {
       const Tensor middle = call.middle(x);
-      launch_block_product<false>(of_x, first, none, call.as_first<T>(middle), stream);
-      launch_weight_gradient(of_grad, read(call.as_second<T>(middle)), grad_w2, stream);
+      launch_block_product<false>(of_x, first, none, call.as_first<T>(middle), tf32, stream);
+      launch_weight_gradient(of_grad, read(call.as_second<T>(middle)), grad_w2, tf32, stream);
     }
   });
   return {grad_input, grad_w1, grad_w2};

@@ -77,13 +77,13 @@ struct Piece {
 };
 
 // kRows rows of a piece as an operand: with blocks that lie one after another its rows are the matrix's,
-// interleaved they are elements.
-template <int kRows, typename T, Layout kLayout>
+// interleaved they are elements. They are kPadding apart from whole ones.
+template <int kRows, typename T, Layout kLayout, int kPadding>
 struct Staged {
   static constexpr bool kInterleaved = kLayout == Layout::kInterleaved;
 
   static FUSEE_HOST_DEVICE int pitch(int length) {
-    return padded<T>(kInterleaved ? kRows : length);
+    return (kInterleaved ? kRows : length) + kPadding;
   }
   // Rows of two blocks that a warp stores at once lie in different banks.
   static FUSEE_HOST_DEVICE int stride(int length) {
@@ -273,8 +273,8 @@ inline constexpr int kOutputElements =
     TileSize<T, kColumns>::kRows + kColumns * (TileSize<T, kColumns>::kRows + vector_width<T>);
 
 // The sums of a pass, with the bias added, to its columns of the rows from `first_row` on.
-template <int kColumns, typename T, Layout kLayout>
-FUSEE_DEVICE void write_columns(const Sums<T, kColumns>& sums, const Pass& pass,
+template <int kColumns, typename E, typename T, Layout kLayout>
+FUSEE_DEVICE void write_columns(const Sums<E, kColumns>& sums, const Pass& pass,
                                 const Columns<T, kLayout>& out, Global<const T> bias,
                                 int64_t first_row, const Shared<T>& memory) {
   using A = accumulate_t<T>;
@@ -289,7 +289,7 @@ FUSEE_DEVICE void write_columns(const Sums<T, kColumns>& sums, const Pass& pass,
       biases.store(i, load(bias, runs.column(i)));
     __syncthreads();
   }
-  pass.for_each_tile<Sums<T, kColumns>::kOfWarp>([&](int u, int block, int row) {
+  pass.for_each_tile<Sums<E, kColumns>::kOfWarp>([&](int u, int block, int row) {
     for (int half = 0; half < 2; ++half) {
       const int at = runs.at(block, row + lane / 4 + 8 * half);
       if (at < 0) continue;

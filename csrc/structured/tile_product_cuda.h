@@ -1,5 +1,6 @@
 // A block's matrix products: tiles of 16 rows, dealt out to the warps, times operands in shared memory. Half
-// types go through the tensor cores; float32 and float64 keep their precision.
+// types go through the tensor cores, and float32 where TF32 will do; otherwise it keeps its precision, as
+// float64 does.
 #pragma once
 
 #include "core/cuda/kernel.h"
@@ -15,6 +16,26 @@ inline constexpr int kStep = 16;
 template <typename T>
 inline constexpr bool kIsHalf = sizeof(T) == 2;
 
+// Elements are multiplied as they are stored, or float32 as this, rounded to it.
+struct Tf32 {
+  float value;
+};
+template <typename E>
+inline constexpr bool kIsTf32 = std::is_same_v<E, Tf32>;
+template <typename E>
+using stored_t = std::conditional_t<kIsTf32<E>, float, E>;
+template <typename E>
+inline constexpr bool kOnTensorCores = kIsHalf<E> || kIsTf32<E>;
+
+// Calls f<E>() with what elements stored as T are multiplied as.
+template <typename T, typename F>
+auto as_multiplied(bool tf32, const F& f) {
+  if constexpr (std::is_same_v<T, float>) {
+    if (tf32) return f.template operator()<Tf32>();
+  }
+  return f.template operator()<T>();
+}
+
 FUSEE_HOST_DEVICE int whole_steps(int n) { return (n + kStep - 1) / kStep * kStep; }
 template <typename I>
 FUSEE_HOST_DEVICE I divide_up(I n, I by) {
@@ -26,6 +47,9 @@ template <typename T>
 FUSEE_HOST_DEVICE int padded(int n) {
   return n + vector_width<T>;
 }
+// So are rows along the sum, but for TF32, of which a warp reads eight neighbours of each of four rows.
+template <typename E>
+inline constexpr int kAcrossPadding = kIsTf32<E> ? 8 : vector_width<stored_t<E>>;
 
 // The tiles of a block of threads, kColumns wide.
 template <typename T, int kColumns>
@@ -37,12 +61,12 @@ struct TileSize {
 
 // What a thread holds of its warp's tiles, as the fragments of m16n8k16 lie: rows g, g, g + 8, g + 8 and columns
 // 2 t, 2 t + 1, 2 t, 2 t + 1 of every eight, with g = lane / 4 and t = lane % 4.
-template <typename T, int kColumns>
+template <typename E, int kColumns>
 struct Sums {
-  static constexpr int kOfWarp = TileSize<T, kColumns>::kOfWarp;
+  static constexpr int kOfWarp = TileSize<E, kColumns>::kOfWarp;
   static constexpr int kEights = kColumns / 8;
 
-  accumulate_t<T> values[kOfWarp][kEights][4];
+  accumulate_t<stored_t<E>> values[kOfWarp][kEights][4];
 
   FUSEE_DEVICE void clear() {
     for (int u = 0; u < kOfWarp; ++u)
@@ -92,7 +116,7 @@ struct Operand {
 
 namespace detail {
 
-// The fragment of a tile's rows, and of 16 columns.
+// The fragment of a tile's rows, and those of 16 columns: of m16n8k16, or of m16n8k8 where elements are float32.
 template <typename T, bool kAcross>
 FUSEE_DEVICE void left_fragment(uint32_t (&out)[4], const Operand<T, kAcross>& a, int at) {
   const int lane = static_cast<int>(threadIdx.x) & 31;
@@ -112,6 +136,46 @@ FUSEE_DEVICE void right_fragments(uint32_t (&out)[4], const Operand<T, kAcross>&
   }
 }
 
+// A row of an 8x8 matrix of 2-byte elements is four floats.
+FUSEE_DEVICE void four_of_tf32(uint32_t (&out)[4], const Shared<float>& tile, int at) {
+  auto* const row = reinterpret_cast<uint16_t*>(tile.address<4>(at));
+#if defined(FUSEE_EMULATED)
+  ldmatrix(out, Shared<uint16_t>(row, 8), 0);
+#else
+  ldmatrix(out, Shared<uint16_t>(row), 0);
+#endif
+  for (uint32_t& word : out) word = to_tf32(fusee::bit_cast<float>(word));
+}
+template <bool kAcross>
+FUSEE_DEVICE void left_fragment(uint32_t (&out)[4], const Operand<float, kAcross>& a, int at) {
+  const int lane = static_cast<int>(threadIdx.x) & 31;
+  if constexpr (kAcross) {
+    for (int i = 0; i < 4; ++i)
+      out[i] = to_tf32(a.tile.load(at + (lane % 4 + i / 2 * 4) * a.pitch + lane / 4 + i % 2 * 8));
+  } else {
+    four_of_tf32(out, a.tile, at + lane % 16 * a.pitch + lane / 16 * 4);
+  }
+}
+template <bool kAcross>
+FUSEE_DEVICE void right_fragments(uint32_t (&out)[4], const Operand<float, kAcross>& b, int at) {
+  const int lane = static_cast<int>(threadIdx.x) & 31;
+  if constexpr (kAcross) {
+    for (int i = 0; i < 4; ++i)
+      out[i] = to_tf32(b.tile.load(at + (lane % 4 + i % 2 * 4) * b.pitch + lane / 4 + i / 2 * 8));
+  } else {
+    four_of_tf32(out, b.tile, at + (lane / 16 * 8 + lane % 8) * b.pitch + lane / 8 % 2 * 4);
+  }
+}
+
+template <typename E>
+FUSEE_DEVICE void multiply_fragments(float (&sums)[4], const uint32_t (&a)[4],
+                                     const uint32_t (&b)[2]) {
+  if constexpr (kIsTf32<E>)
+    mma_m16n8k8_tf32(sums, a, b);
+  else
+    mma_m16n8k16<E>(sums, a, b);
+}
+
 // V neighbours along the sum.
 template <int V, typename T, bool kAcross>
 FUSEE_DEVICE void along(T (&out)[V], const Operand<T, kAcross>& operand, int at) {
@@ -126,10 +190,10 @@ FUSEE_DEVICE void along(T (&out)[V], const Operand<T, kAcross>& operand, int at)
 }  // namespace detail
 
 // sums += a b over `depth` places, a whole number of steps; b begins at `b_first` of its operand.
-template <typename T, int kColumns, bool kAcrossA, bool kAcrossB>
-FUSEE_DEVICE void multiply(Sums<T, kColumns>& sums, const Pass& pass, const Operand<T, kAcrossA>& a,
+template <typename E, typename T, int kColumns, bool kAcrossA, bool kAcrossB>
+FUSEE_DEVICE void multiply(Sums<E, kColumns>& sums, const Pass& pass, const Operand<T, kAcrossA>& a,
                            const Operand<T, kAcrossB>& b, int depth, int b_first) {
-  constexpr int kOfWarp = Sums<T, kColumns>::kOfWarp, kEights = Sums<T, kColumns>::kEights;
+  constexpr int kOfWarp = Sums<E, kColumns>::kOfWarp, kEights = Sums<E, kColumns>::kEights;
   int a_at[kOfWarp] = {}, b_at[kOfWarp] = {};
   pass.for_each_tile<kOfWarp>([&](int u, int block, int row) {
     a_at[u] = a.at(block, row, 0);
@@ -137,8 +201,9 @@ FUSEE_DEVICE void multiply(Sums<T, kColumns>& sums, const Pass& pass, const Oper
   });
   const int count = pass.count_of_warp();
   const int a_step = kAcrossA ? a.pitch : 1, b_step = kAcrossB ? b.pitch : 1;
-  if constexpr (kIsHalf<T>) {
-    for (int k = 0; k < depth; k += kStep) {
+  if constexpr (kOnTensorCores<E>) {
+    constexpr int kDepth = kIsHalf<E> ? 16 : 8;
+    for (int k = 0; k < depth; k += kDepth) {
       uint32_t of_b[kEights / 2][4];
 #if defined(__CUDACC__)
 #pragma unroll
@@ -154,7 +219,7 @@ FUSEE_DEVICE void multiply(Sums<T, kColumns>& sums, const Pass& pass, const Oper
         detail::left_fragment(of_a, a, a_at[u] + k * a_step);
         for (int n = 0; n < kEights; ++n) {
           const uint32_t right[2] = {of_b[n / 2][n % 2 * 2], of_b[n / 2][n % 2 * 2 + 1]};
-          mma_m16n8k16<T>(sums.values[u][n], of_a, right);
+          detail::multiply_fragments<E>(sums.values[u][n], of_a, right);
         }
       }
     }
@@ -162,7 +227,7 @@ FUSEE_DEVICE void multiply(Sums<T, kColumns>& sums, const Pass& pass, const Oper
     // Long sums are added up from short ones.
     constexpr int V = vector_width<T>;
     const int lane = static_cast<int>(threadIdx.x) & 31, g = lane / 4, t = lane % 4;
-    Sums<T, kColumns> part;
+    Sums<E, kColumns> part;
     part.clear();
     for (int k = 0; k < depth; k += V) {
       T of_b[kEights][2][V];

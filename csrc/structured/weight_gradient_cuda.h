@@ -49,11 +49,11 @@ FUSEE_DEVICE Vector<T, 4> gather_four(const float (&low)[2], const float (&high)
 }
 
 // Sums to rows of the factor (count, size, width), from `first` on of each.
-template <typename Out, typename T, int kColumns>
-FUSEE_DEVICE void write_factor(const Sums<T, kColumns>& sums, const Pass& pass, int size, int width,
+template <typename Out, typename E, int kColumns>
+FUSEE_DEVICE void write_factor(const Sums<E, kColumns>& sums, const Pass& pass, int size, int width,
                                int first, Global<Out> to) {
   const int lane = static_cast<int>(threadIdx.x) & 31, g = lane / 4, t = lane % 4;
-  pass.for_each_tile<Sums<T, kColumns>::kOfWarp>([&](int u, int block, int tile_row) {
+  pass.for_each_tile<Sums<E, kColumns>::kOfWarp>([&](int u, int block, int tile_row) {
     for (int half = 0; half < 2; ++half) {
       const int row = pass.row + tile_row + g + 8 * half;
       const int64_t line = (static_cast<int64_t>(pass.block + block) * size + row) * width;
@@ -86,22 +86,27 @@ FUSEE_DEVICE void write_factor(const Sums<T, kColumns>& sums, const Pass& pass, 
   });
 }
 
+template <typename E, Layout kLayout>
+using StagedRows =
+    Staged<kRowsAtOnce, stored_t<E>, kLayout,
+           kLayout == Layout::kInterleaved ? vector_width<stored_t<E>> : kAcrossPadding<E>>;
+
 // How many elements of shared memory the staged columns take.
-template <typename T, int kColumns, Layout kLayout>
+template <typename E, int kColumns, Layout kLayout>
 FUSEE_HOST_DEVICE int gradient_elements(const Walk& walk) {
-  using Tile = Staged<kRowsAtOnce, T, kLayout>;
+  using Tile = StagedRows<E, kLayout>;
   constexpr int kBuffers = kLayout == Layout::kInterleaved ? 1 : 2;
   return kBuffers * walk.blocks_at_once *
          (Tile::stride(16 * walk.tiles_at_once) + Tile::stride(kColumns));
 }
 
 // `to` holds the parts one after another.
-template <typename T, typename Out, int kColumns, Layout kLayout>
-__global__ void __launch_bounds__(kProductThreads, kIsHalf<T> ? 2 : 1)
+template <typename E, typename Out, int kColumns, Layout kLayout, typename T = stored_t<E>>
+__global__ void __launch_bounds__(kProductThreads, kOnTensorCores<E> ? 2 : 1)
     weight_gradient(Columns<const T, kLayout> left, Columns<const T, kLayout> right,
                     GradientWalk cut, Global<Out> to) {
   constexpr bool kAhead = kLayout != Layout::kInterleaved;
-  using Tile = Staged<kRowsAtOnce, T, kLayout>;
+  using Tile = StagedRows<E, kLayout>;
   const int64_t passes = cut.passes(), part = blockIdx.x / passes;
   const int place = static_cast<int>(blockIdx.x % passes);
   const Pass pass = cut.walk.pass(place / cut.column_passes);
@@ -113,7 +118,7 @@ __global__ void __launch_bounds__(kProductThreads, kIsHalf<T> ? 2 : 1)
   const int length = 16 * pass.tiles;
   const int of_left = cut.walk.blocks_at_once * Tile::stride(16 * cut.walk.tiles_at_once);
   const int of_right = cut.walk.blocks_at_once * Tile::stride(kColumns);
-  const int all = gradient_elements<T, kColumns, kLayout>(cut.walk);
+  const int all = gradient_elements<E, kColumns, kLayout>(cut.walk);
   FUSEE_DYNAMIC_SHARED(T, memory, all);
   const auto tile = [&](int step, bool is_left) {
     const int at = kAhead ? step % 2 * (of_left + of_right) : 0;
@@ -124,7 +129,7 @@ __global__ void __launch_bounds__(kProductThreads, kIsHalf<T> ? 2 : 1)
     Tile::copy(left, {row, pass.block, pass.blocks, pass.row, length}, tile(step, true));
     Tile::copy(right, {row, pass.block, pass.blocks, first, kColumns}, tile(step, false));
   };
-  Sums<T, kColumns> sums;
+  Sums<E, kColumns> sums;
   sums.clear();
   const int steps =
       end > begin ? static_cast<int>(divide_up<int64_t>(end - begin, kRowsAtOnce)) : 0;
@@ -175,7 +180,7 @@ __global__ void __launch_bounds__(256)
   }
 }
 
-template <int kColumns, typename T, Layout kLayout>
+template <typename E, int kColumns, typename T, Layout kLayout>
 void launch_weight_gradient_of(const Columns<const T, kLayout>& left,
                                const Columns<const T, kLayout>& right, const Tensor& gradient,
                                Stream stream) {
@@ -194,7 +199,7 @@ void launch_weight_gradient_of(const Columns<const T, kLayout>& left,
     walk.blocks_at_once = std::min(left.count, kTiles / walk.tiles_at_once);
   }
   const auto bytes = [&] {
-    return static_cast<size_t>(gradient_elements<T, kColumns, kLayout>(walk)) * sizeof(T);
+    return static_cast<size_t>(gradient_elements<E, kColumns, kLayout>(walk)) * sizeof(T);
   };
   while (bytes() > static_cast<size_t>(most_shared_bytes()) && walk.blocks_at_once > 1)
     walk.blocks_at_once = divide_up(walk.blocks_at_once, 2);
@@ -204,7 +209,7 @@ void launch_weight_gradient_of(const Columns<const T, kLayout>& left,
   cut.rows_of_part = divide_up(divide_up(left.rows, cut.parts), int64_t{kRowsAtOnce}) * kRowsAtOnce;
   const auto run = [&](auto zero, const Tensor& to) {
     using Out = decltype(zero);
-    launch(weight_gradient<T, Out, kColumns, kLayout>, grid_of(cut.parts, cut.passes()),
+    launch(weight_gradient<E, Out, kColumns, kLayout>, grid_of(cut.parts, cut.passes()),
            kProductThreads, bytes(), stream, left, right, cut, output<Out>(to));
   };
   if (cut.parts == 1) return run(T{}, gradient);
@@ -219,19 +224,21 @@ void launch_weight_gradient_of(const Columns<const T, kLayout>& left,
 template <typename T, Layout kLayout>
 void launch_weight_gradient(const Columns<const T, kLayout>& left,
                             const Columns<const T, kLayout>& right, const Tensor& gradient,
-                            Stream stream) {
+                            bool tf32, Stream stream) {
   if (gradient.numel() == 0) return;
   if constexpr (kIsHalf<T>) {
-    if (right.size > 32) return launch_weight_gradient_of<64>(left, right, gradient, stream);
+    if (right.size > 32) return launch_weight_gradient_of<T, 64>(left, right, gradient, stream);
   }
-  launch_weight_gradient_of<sizeof(T) == 8 ? 16 : 32>(left, right, gradient, stream);
+  as_multiplied<T>(tf32, [&]<typename E>() {
+    launch_weight_gradient_of<E, sizeof(T) == 8 ? 16 : 32>(left, right, gradient, stream);
+  });
 }
 
 // Without interleaved columns it is compiled once, in block_diagonal_matmul.cu.
 #define FUSEE_BLOCKED_GRADIENT(prefix, T)                                                \
   prefix template void launch_weight_gradient(const Columns<const T, Layout::kBlocked>&, \
                                               const Columns<const T, Layout::kBlocked>&, \
-                                              const Tensor&, Stream);
+                                              const Tensor&, bool, Stream);
 #define FUSEE_BLOCKED_GRADIENTS(prefix)  \
   FUSEE_BLOCKED_GRADIENT(prefix, float)  \
   FUSEE_BLOCKED_GRADIENT(prefix, double) \

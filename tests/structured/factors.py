@@ -49,5 +49,5 @@ def product_dtype(dtype: torch.dtype, cast: torch.dtype) -> torch.dtype:
 
 LINEAR = {"nan": "a gradient of a product has none of what it is of: see test_monarch_matmul.py"}
 
-HALF_KERNELS = r"<(BFloat16|Half),"
-"""The instantiations for half types, which multiply on tensor cores."""
+TENSOR_CORES = r"<(BFloat16|Half|Tf32),"
+"""The instantiations that multiply on tensor cores."""

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tests.harness.spec import Arguments, CudaKernel, ErrorInput, Maker, OpSpec, Sample, Traffic
-from tests.structured.factors import HALF_KERNELS, LINEAR, product_dtype, product_errors
+from tests.structured.factors import LINEAR, TENSOR_CORES, product_dtype, product_errors
 
 
 def _oracle(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -101,8 +101,8 @@ def _spec(**changed: Any) -> OpSpec:
         properties={"linear": _linear},
         traffic=(Traffic("rows", _traffic, (1, 2), _bytes),),
         cuda_kernels=(
-            CudaKernel(r"\bblock_product<", tensor_cores=HALF_KERNELS),
-            CudaKernel(r"\bweight_gradient<", stores=False, tensor_cores=HALF_KERNELS),
+            CudaKernel(r"\bblock_product<", tensor_cores=TENSOR_CORES),
+            CudaKernel(r"\bweight_gradient<", stores=False, tensor_cores=TENSOR_CORES),
         ),
         engine_ulps=32.0,
         not_applicable=LINEAR,

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tests.harness.spec import Arguments, CudaKernel, ErrorInput, Maker, OpSpec, Sample, Traffic
-from tests.structured.factors import HALF_KERNELS, LINEAR, product_dtype, product_errors
+from tests.structured.factors import LINEAR, TENSOR_CORES, product_dtype, product_errors
 
 
 def dense_of(w1: Tensor, w2: Tensor) -> Tensor:
@@ -142,8 +142,8 @@ RECORDS = [
         properties={"linear": _linear},
         traffic=(Traffic("rows", _traffic, (1, 4), _bytes),),
         cuda_kernels=(
-            CudaKernel(r"\bmonarch_product<", tensor_cores=HALF_KERNELS),
-            CudaKernel(r"\bmonarch_input_gradient<", tensor_cores=HALF_KERNELS),
+            CudaKernel(r"\bmonarch_product<", tensor_cores=TENSOR_CORES),
+            CudaKernel(r"\bmonarch_input_gradient<", tensor_cores=TENSOR_CORES),
         ),
         engine_ulps=32.0,
         not_applicable=LINEAR,

@@ -55,6 +55,19 @@ def test_output_begins_with_the_variance_of_a_dense_layer(sizes: tuple[int, int,
     assert dense == pytest.approx(1 / 3, rel=0.1)
 
 
+@pytest.mark.parametrize(
+    "sizes", [(64, 64, 16), (64, 64, 64), (64, 10, 4), (3, 64, 4), (512, 10, 16)]
+)
+def test_every_input_reaches_every_output(sizes: tuple[int, int, int]) -> None:
+    """Of the default rank no tile of the matrix is empty, however many blocks there are."""
+    assert bool((MonarchLinear(*sizes[:2], nblocks=sizes[2]).weight != 0).all())
+
+
+def test_fewest_weights_near_the_root() -> None:
+    counts = {k: MonarchLinear(64, 64, False, k).w1.numel() for k in (2, 4, 8, 16, 32)}
+    assert min(counts, key=counts.__getitem__) == 8
+
+
 def test_bias_begins_as_that_of_a_dense_layer() -> None:
     bias = MonarchLinear(16, 5000).bias
     assert bias is not None

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import types
+from typing import Any
+
 import fusee
 import pytest
 import torch
+from fusee.structured import block_diagonal_matmul as blocks
 from fusee.structured import monarch_matmul as module
 from torch import Tensor
 
@@ -66,13 +70,13 @@ def test_one_stage_is_the_dense_product_of_blocks() -> None:
 @pytest.mark.parametrize("wanted", [1, 2, 3, 4, 5, 6, 7])
 def test_gradients_that_are_not_asked_for_are_empty(wanted: int) -> None:
     given = [torch.randn(3, 8), torch.randn(3, 6), torch.randn(2, 4, 3), torch.randn(4, 2, 2)]
-    every = torch.ops.fusee.monarch_matmul_backward(*given, 7)
-    some = torch.ops.fusee.monarch_matmul_backward(*given, wanted)
+    every = torch.ops.fusee.monarch_matmul_backward(*given, 7, False)
+    some = torch.ops.fusee.monarch_matmul_backward(*given, wanted, False)
     for i, (one, other) in enumerate(zip(some, every, strict=True)):
         assert torch.equal(one, other) if wanted >> i & 1 else one.shape == (0,)
     given = [torch.randn(3, 8), torch.randn(3, 6), torch.randn(2, 4, 3)]
-    every = torch.ops.fusee.block_diagonal_matmul_backward(*given, 3)
-    some = torch.ops.fusee.block_diagonal_matmul_backward(*given, wanted & 3)
+    every = torch.ops.fusee.block_diagonal_matmul_backward(*given, 3, False)
+    some = torch.ops.fusee.block_diagonal_matmul_backward(*given, wanted & 3, False)
     for i, (one, other) in enumerate(zip(some, every, strict=True)):
         assert torch.equal(one, other) if wanted >> i & 1 else one.shape == (0,)
 
@@ -117,7 +121,7 @@ def test_large_blocks_take_batched_products(monkeypatch: pytest.MonkeyPatch) -> 
     """Where these are faster, and only there; the numbers are the same."""
     called = []
 
-    def spy(*args: Tensor) -> Tensor:
+    def spy(*args: Any) -> Tensor:
         called.append(args)
         return reference(*args)
 
@@ -133,3 +137,55 @@ def test_large_blocks_take_batched_products(monkeypatch: pytest.MonkeyPatch) -> 
     with torch.no_grad():
         fusee.monarch_matmul(x, w1, large)
     assert len(called) == 1
+
+
+@pytest.mark.parametrize("sizes", [(4, 16, 16, 4, 16), (3, 10, 17, 6, 21), (2, 65, 33, 5, 40)])
+@pytest.mark.parametrize("rows", [1, 33])
+def test_tf32(sizes: tuple[int, int, int, int, int], rows: int) -> None:
+    """On tensor cores the operands are rounded to eleven bits where that is allowed; sums are not. The
+    CPU has no such products."""
+    w1, w2 = (w.float() for w in factors(*sizes))
+    x = torch.randn(rows, sizes[0] * sizes[2])
+    g = torch.randn(rows, sizes[3] * sizes[4])
+    block = torch.randn(rows, sizes[0] * sizes[1])
+    calls = [
+        (module._monarch_matmul, (x, w1, w2, None)),
+        (module._monarch_matmul_backward, (g, x, w1, w2, 7)),
+        (blocks._block_diagonal_matmul, (x, w1, None)),
+        (blocks._block_diagonal_matmul_backward, (block, x, w1, 3)),
+    ]
+    for op, given in calls:
+        in_double = [t.double() if isinstance(t, Tensor) else t for t in given]
+        exact, rounded, plain = (
+            outputs if isinstance(outputs, tuple) else (outputs,)
+            for outputs in (op(*in_double, False), op(*given, True), op(*given, False))
+        )
+        for right, one, other in zip(exact, rounded, plain, strict=True):
+            if fusee.engine("cpu") == "emulated":
+                assert not torch.equal(one, other)
+            else:
+                assert torch.equal(one, other)
+            assert float((one - right).norm() / right.norm()) < 2e-3
+            assert float((other - right).norm() / right.norm()) < 1e-6
+
+
+def test_tf32_is_what_the_user_allows() -> None:
+    on_cuda = types.SimpleNamespace(is_cuda=True, dtype=torch.float32)
+    half = types.SimpleNamespace(is_cuda=True, dtype=torch.float16)
+    before = torch.get_float32_matmul_precision()
+    try:
+        for precision, wanted in (("highest", False), ("high", True)):
+            torch.set_float32_matmul_precision(precision)
+            assert blocks.allows_tf32(on_cuda) is wanted  # type: ignore[arg-type]
+            assert not blocks.allows_tf32(half)  # type: ignore[arg-type]
+            assert not blocks.allows_tf32(torch.ones(1))
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def test_half_types_of_large_numbers() -> None:
+    """Sums are in float32; on a GPU the middle is rounded to the type, as a product of two layers is."""
+    x, w1, w2 = torch.full((1, 4), 20.0), torch.full((2, 2, 2), 40.0), torch.full((2, 2, 2), 1e-2)
+    expected = fusee.monarch_matmul(x, w1, w2)
+    result = fusee.monarch_matmul(x.half(), w1.half(), w2.half())
+    torch.testing.assert_close(result.float(), expected, rtol=2e-3, atol=0)

@@ -109,9 +109,16 @@ def test_dtypes(dtype: torch.dtype) -> None:
     assert float(error) == pytest.approx(float(expected[2]), rel=1e-5)
 
 
+@pytest.mark.parametrize("scale", [1e-25, 1e22])
+def test_errors_of_any_size(scale: float) -> None:
+    dense = torch.randn(16, 16)
+    error = fusee.monarch_project(dense, 4)[2]
+    assert float(fusee.monarch_project(scale * dense, 4)[2]) == pytest.approx(scale * float(error))
+
+
 def test_empty_matrices() -> None:
     w1, w2, error = fusee.monarch_project(torch.ones(0, 4), 2)
-    assert (w1.shape, w2.shape, float(error)) == ((2, 0, 2), (2, 0, 0), 0.0)
+    assert (w1.shape, w2.shape, float(error)) == ((2, 2, 2), (2, 0, 2), 0.0)
     assert fusee.monarch_to_dense(w1, w2).shape == (0, 4)
 
 

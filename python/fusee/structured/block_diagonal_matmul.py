@@ -21,13 +21,13 @@ def block_products(input: Tensor, weight: Tensor) -> Tensor:
     return (columns @ weight.mT).transpose(-3, -2)
 
 
-def _reference(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def _reference(input: Tensor, weight: Tensor, bias: Tensor | None, tf32: bool = False) -> Tensor:
     output = block_products(input, weight).flatten(-2)
     return (output if bias is None else output + bias.unsqueeze(-2)).contiguous()
 
 
 def _backward_reference(
-    grad: Tensor, input: Tensor, weight: Tensor, wanted: int
+    grad: Tensor, input: Tensor, weight: Tensor, wanted: int, tf32: bool
 ) -> tuple[Tensor, Tensor]:
     blocks, q, p = weight.shape[-3:]
     nothing = input.new_empty((*weight.shape[:-3], 0))
@@ -39,12 +39,12 @@ def _backward_reference(
     )
 
 
-def _fake(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def _fake(input: Tensor, weight: Tensor, bias: Tensor | None, tf32: bool) -> Tensor:
     return input.new_empty((input.shape[0], weight.shape[0] * weight.shape[1]))
 
 
 def _backward_fake(
-    grad: Tensor, input: Tensor, weight: Tensor, wanted: int
+    grad: Tensor, input: Tensor, weight: Tensor, wanted: int, tf32: bool
 ) -> tuple[Tensor, Tensor]:
     return (
         input.new_empty(input.shape if wanted & 1 else (0,)),
@@ -57,11 +57,11 @@ def vmap_over_rows(name: str, reference: Any) -> Any:
     batched product has always been for."""
     batched_weights = vmap_by_reference(reference)
 
-    def rule(info: Any, in_dims: Any, input: Tensor, *weights: Tensor | None) -> Any:
+    def rule(info: Any, in_dims: Any, input: Tensor, *others: Any) -> Any:
         if any(dim is not None for dim in in_dims[1:]):
-            return batched_weights(info, in_dims, input, *weights)
+            return batched_weights(info, in_dims, input, *others)
         batch = input.movedim(in_dims[0], 0)
-        output = getattr(torch.ops.fusee, name)(batch.flatten(0, 1), *weights)
+        output = getattr(torch.ops.fusee, name)(batch.flatten(0, 1), *others)
         return output.unflatten(0, batch.shape[:2]), 0
 
     return rule
@@ -90,26 +90,26 @@ def divides(input: Any, count: int) -> bool:
     return bool(count % input.mesh.size() == 0)
 
 
-def _sharding(input: Any, weight: Any, bias: Any) -> list[Any]:
+def _sharding(input: Any, weight: Any, bias: Any, tf32: bool) -> list[Any]:
     """Rows may be split, or blocks."""
     from torch.distributed.tensor import Replicate, Shard
 
     whole: Any = Replicate()
-    choices = [([output], [output, whole, bias and whole]) for output in (whole, Shard(0))]
+    choices = [([output], [output, whole, bias and whole, None]) for output in (whole, Shard(0))]
     if divides(input, weight.shape[0]):
-        choices.append(([Shard(1)], [Shard(1), Shard(0), bias and Shard(0)]))
+        choices.append(([Shard(1)], [Shard(1), Shard(0), bias and Shard(0), None]))
     return choices
 
 
-def _backward_sharding(grad: Any, input: Any, weight: Any, wanted: int) -> list[Any]:
+def _backward_sharding(grad: Any, input: Any, weight: Any, wanted: int, tf32: bool) -> list[Any]:
     """As forward; parts of the rows give parts of the sum that is the weight's gradient."""
     from torch.distributed.tensor import Partial, Shard
 
     choices = []
-    for (output,), (_, of_weight, _) in _sharding(input, weight, None):
+    for (output,), (_, of_weight, *_) in _sharding(input, weight, None, tf32):
         summed = Partial("sum") if output == Shard(0) else of_weight
         results = of_wanted(wanted, (output, summed))
-        choices.append((results, [output, output, of_weight, None]))
+        choices.append((results, [output, output, of_weight, None, None]))
     return choices
 
 
@@ -130,12 +130,12 @@ def needed(ctx: Any, grads: Callable[..., Any], count: int) -> list[Tensor | Non
 
 
 def _backward(ctx: Any, args: Any, saved: Any, grad: Tensor) -> Any:
-    input, weight, _ = args
+    input, weight, _, tf32 = args
 
     def grads(wanted: int) -> Any:
-        return _block_diagonal_matmul_backward(grad, input, weight, wanted)
+        return _block_diagonal_matmul_backward(grad, input, weight, wanted, tf32)
 
-    return *needed(ctx, grads, 2), grad.sum(0) if ctx.needs_input_grad[2] else None
+    return *needed(ctx, grads, 2), grad.sum(0) if ctx.needs_input_grad[2] else None, None
 
 
 _block_diagonal_matmul = Op(
@@ -191,6 +191,16 @@ def check_product(
         check_beside(name, tensor, "input", input)
 
 
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _tf32_is_allowed() -> bool:
+    return torch.backends.cuda.matmul.fp32_precision == "tf32"
+
+
+def allows_tf32(input: Tensor) -> bool:
+    """Whether torch may round the operands of this product to TF32, which the user has to allow."""
+    return input.is_cuda and input.dtype == torch.float32 and bool(_tf32_is_allowed())
+
+
 def as_rows(input: Tensor) -> Tensor:
     """The input as (rows, features)."""
     if input.dim() == 2:
@@ -222,8 +232,8 @@ def block_diagonal_matmul(input: Tensor, weight: Tensor, bias: Tensor | None = N
 
     Differentiable in all tensors, to any order and in forward mode. Under autocast it runs in the
     autocast dtype, as ``F.linear`` does. Deterministic: the same bits on the same engine, whatever the
-    number of threads. Of a DTensor the rows or the blocks may be sharded, without communication
-    but for the weights' gradients of sharded rows.
+    number of threads, but for the bias's gradient, which torch sums. Of a DTensor the rows or the blocks
+    may be sharded, without communication but for the weights' gradients of sharded rows.
 
     Source: the single stage of :func:`fusee.monarch_matmul`.
 
@@ -237,5 +247,5 @@ def block_diagonal_matmul(input: Tensor, weight: Tensor, bias: Tensor | None = N
     features = weight.shape[0] * weight.shape[1]
     check_product(input, {"weight": weight}, bias, features)
     input, weight, bias = autocast_product(input, weight, bias)
-    output: Tensor = _block_diagonal_matmul(as_rows(input), weight, bias)
+    output: Tensor = _block_diagonal_matmul(as_rows(input), weight, bias, allows_tf32(input))
     return output if input.dim() == 2 else output.reshape(*input.shape[:-1], features)

@@ -18,7 +18,7 @@ class MonarchLinear(nn.Module):
     .. math:: y = x M^\top + b, \qquad M = P\, \text{blkdiag}(W^2)\, P^\top\, \text{blkdiag}(W^1)
 
     With ``nblocks`` blocks in each factor it has 2 / ``nblocks`` of the weights and products of a square
-    dense layer; ``nblocks`` near the root of the width has fewest. See :func:`fusee.monarch_matmul`.
+    dense layer, fewest with ``nblocks`` near the root of the width. See :func:`fusee.monarch_matmul`.
 
     Args:
         in_features: size of each input sample.
@@ -27,7 +27,8 @@ class MonarchLinear(nn.Module):
         nblocks: blocks of each factor. Where it does not divide the features, the input is padded with
             zeros and the output cut, which costs a copy of each.
         rank: of each of the ``nblocks``² tiles of the matrix: the middle is ``rank * nblocks`` wide for
-            each block. None for a middle width of ceil(min(in_features, out_features) / nblocks).
+            each block. None for a middle width of ceil(min(in_features, out_features) / nblocks), and at
+            least ``nblocks``, with which every input reaches every output.
         device, dtype: of the parameters.
 
     Shape: inputs (..., in_features), outputs (..., out_features).
@@ -37,14 +38,15 @@ class MonarchLinear(nn.Module):
         w2: the parameter W² (nblocks, ceil(out_features / nblocks), q).
         bias: the parameter b (out_features), or None.
         weight: the dense matrix M, for what reads a linear layer's weight (the fast path of
-            ``TransformerEncoderLayer``); it is computed at each access.
+            ``TransformerEncoderLayer``); it is computed at each access, and what is written to it is
+            lost.
 
     The factors begin uniform, with variances such that the variance of the output is that of
     ``torch.nn.Linear``, a third of the input's mean square; the bias as there.
 
     Raises:
         TypeError: a number is no int.
-        ValueError: a number is not positive.
+        ValueError: ``nblocks`` or ``rank`` is not positive, or the number of features is negative.
 
     Source: see :func:`fusee.monarch_matmul`.
 
@@ -119,10 +121,17 @@ class MonarchLinear(nn.Module):
         cls, linear: nn.Linear, nblocks: int = 4, rank: int | None = None
     ) -> MonarchLinear:
         """The layer nearest to a dense one, with its bias, by :func:`fusee.monarch_project`."""
+        return cls.from_linear_with_error(linear, nblocks, rank)[0]
+
+    @classmethod
+    def from_linear_with_error(
+        cls, linear: nn.Linear, nblocks: int, rank: int | None
+    ) -> tuple[MonarchLinear, Tensor]:
+        """:meth:`from_linear`, and the norm of what the projection leaves out."""
         if not isinstance(linear, nn.Linear):
             raise TypeError(f"linear must be a torch.nn.Linear, got {type(linear).__name__}")
         weight = linear.weight.detach()
-        w1, w2, _ = monarch_project(weight, nblocks, rank)
+        w1, w2, error = monarch_project(weight, nblocks, rank)
         layer = cls(
             linear.in_features,
             linear.out_features,
@@ -136,7 +145,7 @@ class MonarchLinear(nn.Module):
         layer.w2 = nn.Parameter(w2, linear.weight.requires_grad)
         if linear.bias is not None:
             layer.bias = nn.Parameter(linear.bias.detach().clone(), linear.bias.requires_grad)
-        return layer.train(linear.training)
+        return layer.train(linear.training), error
 
     def to_linear(self) -> nn.Linear:
         """A dense layer that computes the same."""
@@ -148,7 +157,7 @@ class MonarchLinear(nn.Module):
             device="meta",
             dtype=weight.dtype,
         )
-        linear.weight = nn.Parameter(weight, self.w1.requires_grad)
+        linear.weight = nn.Parameter(weight, self.w1.requires_grad or self.w2.requires_grad)
         if self.bias is not None:
             linear.bias = nn.Parameter(self.bias.detach().clone(), self.bias.requires_grad)
         return linear.train(self.training)

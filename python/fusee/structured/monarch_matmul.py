@@ -11,6 +11,7 @@ from torch import Tensor
 from fusee._checks import autocast_product
 from fusee._op import Op
 from fusee.structured.block_diagonal_matmul import (
+    allows_tf32,
     as_rows,
     block_products,
     check_blocks,
@@ -29,7 +30,9 @@ def _middle(input: Tensor, w1: Tensor, blocks: int) -> Tensor:
     return hidden.unflatten(-1, (hidden.shape[-1] // blocks, blocks)).movedim(-1, -3)
 
 
-def _reference(input: Tensor, w1: Tensor, w2: Tensor, bias: Tensor | None) -> Tensor:
+def _reference(
+    input: Tensor, w1: Tensor, w2: Tensor, bias: Tensor | None, tf32: bool = False
+) -> Tensor:
     output = (_middle(input, w1, w2.shape[-3]) @ w2.mT).movedim(-3, -1).flatten(-2)
     return (output if bias is None else output + bias.unsqueeze(-2)).contiguous()
 
@@ -40,6 +43,7 @@ def _backward_reference(
     w1: Tensor,
     w2: Tensor,
     wanted: int,
+    tf32: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     blocks, q, p = w1.shape[-3:]
     outer, s, _ = w2.shape[-3:]
@@ -59,7 +63,7 @@ def _backward_reference(
     return grad_input, grad_w1, grad_w2
 
 
-def _fake(input: Tensor, w1: Tensor, w2: Tensor, bias: Tensor | None) -> Tensor:
+def _fake(input: Tensor, w1: Tensor, w2: Tensor, bias: Tensor | None, tf32: bool) -> Tensor:
     return input.new_empty((input.shape[0], w2.shape[0] * w2.shape[1]))
 
 
@@ -69,6 +73,7 @@ def _backward_fake(
     w1: Tensor,
     w2: Tensor,
     wanted: int,
+    tf32: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return (
         input.new_empty(input.shape if wanted & 1 else (0,)),
@@ -77,44 +82,48 @@ def _backward_fake(
     )
 
 
-def _sharding(input: Any, w1: Any, w2: Any, bias: Any) -> list[Any]:
+def _sharding(input: Any, w1: Any, w2: Any, bias: Any, tf32: bool) -> list[Any]:
     """Rows may be split; or the second factor's rows, which are the output's features; or, without a
     bias, the blocks of the first with the columns of the second that they reach, which gives parts of a
     sum."""
     from torch.distributed.tensor import Partial, Replicate, Shard
 
     whole: Any = Replicate()
-    choices = [([output], [output, whole, whole, bias and whole]) for output in (whole, Shard(0))]
+    choices = [
+        ([output], [output, whole, whole, bias and whole, None]) for output in (whole, Shard(0))
+    ]
     if divides(input, w2.shape[1]):
-        choices.append(([Shard(1)], [whole, whole, Shard(1), bias and Shard(0)]))
+        choices.append(([Shard(1)], [whole, whole, Shard(1), bias and Shard(0), None]))
     share = w1.shape[0] // input.mesh.size() * w1.shape[1]
     if bias is None and divides(input, w1.shape[0]) and share % w2.shape[0] == 0:
-        choices.append(([Partial("sum")], [Shard(1), Shard(0), Shard(2), None]))
+        choices.append(([Partial("sum")], [Shard(1), Shard(0), Shard(2), None, None]))
     return choices
 
 
-def _backward_sharding(grad: Any, input: Any, w1: Any, w2: Any, wanted: int) -> list[Any]:
+def _backward_sharding(
+    grad: Any, input: Any, w1: Any, w2: Any, wanted: int, tf32: bool
+) -> list[Any]:
     """As forward; what is whole there and serves parts of the work has a gradient that is a sum."""
     from torch.distributed.tensor import Partial, Replicate, Shard
 
     whole: Any = Replicate()
     choices = []
-    for (output,), placed in _sharding(input, w1, w2, None):
-        given, of_w1, of_w2, _ = placed
+    for (output,), placed in _sharding(input, w1, w2, None, tf32):
+        given, of_w1, of_w2, *_ = placed
         parts = output in (Shard(0), Shard(1))
         results = [Partial("sum") if parts and where == whole else where for where in placed[:3]]
         of_grad = whole if output == Partial("sum") else output
-        choices.append((of_wanted(wanted, results), [of_grad, given, of_w1, of_w2, None]))
+        choices.append((of_wanted(wanted, results), [of_grad, given, of_w1, of_w2, None, None]))
     return choices
 
 
 def _backward(ctx: Any, args: Any, saved: Any, grad: Tensor) -> Any:
-    input, w1, w2, _ = args
+    input, w1, w2, _, tf32 = args
 
     def grads(wanted: int) -> Any:
-        return _monarch_matmul_backward(grad, input, w1, w2, wanted)
+        return _monarch_matmul_backward(grad, input, w1, w2, wanted, tf32)
 
-    return *needed(ctx, grads, 3), grad.sum(0) if ctx.needs_input_grad[3] else None
+    return *needed(ctx, grads, 3), grad.sum(0) if ctx.needs_input_grad[3] else None, None
 
 
 _monarch_matmul = Op(
@@ -156,11 +165,9 @@ def _takes_gemm(input: Tensor, w1: Tensor, w2: Tensor) -> bool:
         # Ours makes the middle anew for the gradients, a seventh of the work.
         large = min(q * p, s * r) >= 1 << 20 and input.dtype == torch.float32
         return large and torch.is_grad_enabled() and any(t.requires_grad for t in (input, w1, w2))
-    return (
-        input.device.type == "cuda"
-        and min(q, p, s, r) >= 512
-        and math.prod(input.shape[:-1]) >= 1024
-    )
+    # A compiled program is for any number of rows.
+    many = torch.compiler.is_compiling() or math.prod(input.shape[:-1]) >= 1024
+    return input.device.type == "cuda" and min(q, p, s, r) >= 512 and many
 
 
 def monarch_matmul(input: Tensor, w1: Tensor, w2: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -178,7 +185,8 @@ def monarch_matmul(input: Tensor, w1: Tensor, w2: Tensor, bias: Tensor | None = 
 
     Args:
         input: x (..., k * p), any strides; float32, float64, bfloat16 or float16. Half types are summed
-            in float32.
+            in float32; on a GPU, and under ``vmap`` over weights, the middle is rounded to the half
+            type.
         w1: W¹ (k, q, p), of the dtype of ``input``.
         w2: W² (l, s, r) with l * r = k * q, of the dtype of ``input``.
         bias: b (l * s), of the dtype of ``input``.
@@ -192,10 +200,11 @@ def monarch_matmul(input: Tensor, w1: Tensor, w2: Tensor, bias: Tensor | None = 
 
     Differentiable in all tensors, to any order and in forward mode. Under autocast it runs in the
     autocast dtype, as ``F.linear`` does. Deterministic: the same bits on the same engine, whatever the
-    number of threads; where torch's products are taken as far as these are. Of a DTensor the rows may be
-    sharded; or the rows s of ``w2``, which gives sharded features; or the blocks of ``w1`` with the
-    columns of ``w2``, which gives partial sums; each where the mesh divides them, and without
-    communication but for gradients of what is replicated.
+    number of threads, but for the bias's gradient, which torch sums, and where torch's products are
+    taken. Of a DTensor the rows may be sharded; or the rows s of ``w2``, which gives sharded features;
+    or the blocks of ``w1`` with the columns of ``w2``, which gives partial sums; each where the mesh
+    divides them, and without communication but for gradients of what is replicated, and where torch's
+    products are taken.
 
     Source: Dao et al., "Monarch: Expressive Structured Matrices for Efficient and Accurate Training",
     arXiv:2204.00595; the layout is that of its authors' ``blockdiag_butterfly_multiply``.
@@ -212,5 +221,5 @@ def monarch_matmul(input: Tensor, w1: Tensor, w2: Tensor, bias: Tensor | None = 
     check_product(input, {"w1": w1, "w2": w2}, bias, features)
     input, w1, w2, bias = autocast_product(input, w1, w2, bias)
     product = _reference if _takes_gemm(input, w1, w2) else _monarch_matmul
-    output: Tensor = product(as_rows(input), w1, w2, bias)
+    output: Tensor = product(as_rows(input), w1, w2, bias, allows_tf32(input))
     return output if input.dim() == 2 else output.reshape(*input.shape[:-1], features)

@@ -28,7 +28,8 @@ class MonarchShape:
         in_features, out_features: of the dense matrix, which is padded with zeros to multiples of the
             blocks: ``in_padded`` and ``out_padded``.
         nblocks: k = l.
-        rank: of each tile of the dense matrix; None for a middle as wide as the narrower side.
+        rank: of each tile of the dense matrix; None for a middle as wide as the narrower side, where no
+            tile is without any.
     """
 
     def __init__(self, in_features: int, out_features: int, nblocks: Any, rank: Any) -> None:
@@ -36,7 +37,7 @@ class MonarchShape:
         self.columns = -(-in_features // self.nblocks)
         self.rows = -(-out_features // self.nblocks)
         self.in_padded, self.out_padded = self.columns * nblocks, self.rows * nblocks
-        self.middle = min(self.columns, self.rows)
+        self.middle = max(min(self.columns, self.rows), self.nblocks)
         if rank is not None:
             self.middle = check_count("rank", rank) * self.nblocks
 
@@ -66,8 +67,9 @@ def monarch_project(
             padded with zeros.
         nblocks: blocks of each factor.
         rank: of each tile. None for what :class:`fusee.nn.MonarchLinear` uses, a middle width of
-            ceil(min(in_features, out_features) / nblocks) for each block; where ``nblocks`` does not
-            divide that, some tiles have one rank more than others.
+            ceil(min(in_features, out_features) / nblocks) for each block, and at least ``nblocks``, so
+            that no tile is without rank; where ``nblocks`` does not divide it, some tiles have one rank
+            more than others.
 
     Returns:
         ``w1`` (nblocks, q, p) and ``w2`` (nblocks, s, q), in the dtype of ``dense``, with the singular
@@ -121,7 +123,10 @@ def _nearest(matrix: Tensor, shape: MonarchShape) -> tuple[Tensor, Tensor, Tenso
     ranks.index_put_((block, other), torch.ones_like(hidden), accumulate=True)
     count = s.shape[-1]
     cut = torch.arange(count, device=matrix.device) >= ranks.unsqueeze(-1)
-    error = s.square().where(cut, 0.0).sum().sqrt()
+    left = s.where(cut, 0.0)
+    largest = left.max() if left.numel() else left.sum()
+    scale = torch.where(largest > 0, largest, 1.0)  # as squares might leave the range
+    error = scale * (left / scale).square().sum().sqrt()
     if count == 0:
         return matrix.new_zeros(shape.w1), matrix.new_zeros(shape.w2), error
     at = block, other, place.clamp(max=count - 1)
@@ -161,4 +166,5 @@ def monarch_to_dense(w1: Tensor, w2: Tensor) -> Tensor:
     check_factors(w1, w2)
     features = w1.shape[0] * w1.shape[2]
     identity = torch.eye(features, dtype=w1.dtype, device=w1.device)
-    return monarch_matmul(identity, w1, w2).mT.contiguous()
+    with torch.autocast(w1.device.type, enabled=False):
+        return monarch_matmul(identity, w1, w2).mT.contiguous()

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import cast
 
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
@@ -94,7 +95,8 @@ def monarchize(
     """Puts a :class:`fusee.nn.MonarchLinear` in the place of each linear layer of a model, in place.
 
     Those are the modules of the class ``torch.nn.Linear`` itself. Its subclasses stay, such as the
-    output projection of ``MultiheadAttention``, which is used by its weight alone.
+    output projection of ``MultiheadAttention``, which is used by its weight alone. Layers with more
+    inputs than outputs, or the other way about, gain least.
 
     Args:
         model: a model that contains linear layers.
@@ -115,9 +117,10 @@ def monarchize(
     Raises:
         TypeError: ``model`` is not a module, or a number is no int.
         ValueError: a number is not positive; a chosen layer is the model itself (use
-            :meth:`fusee.nn.MonarchLinear.from_linear`), has a parametrised weight, is not initialised
-            (``LazyLinear``), is sharded, or shares its weight with another module (tied embeddings). The
-            model is then left as it was.
+            :meth:`fusee.nn.MonarchLinear.from_linear`), has a parametrised weight or none of its own
+            (``weight_norm``, ``prune``), or one that is not finite; is not initialised (``LazyLinear``),
+            is sharded or on the meta device, or shares its weight with another module (tied embeddings).
+            The model is then left as it was.
 
     Deterministic as far as ``torch.linalg.svd`` is; with ``project=False`` it draws from torch's random
     generator.
@@ -141,11 +144,11 @@ def monarchize(
         name: module
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear)
-        and (type(module) in (nn.Linear, nn.LazyLinear) or parametrize.is_parametrized(module))
+        and parametrize.type_before_parametrizations(module) in (nn.Linear, nn.LazyLinear)
         and min(module.in_features, module.out_features) >= min_features
         and (filter is None or filter(name, module))
     }
-    _check(model, chosen)
+    _check(model, chosen, "MonarchLinear.from_linear()", project)
     rows: list[MonarchRow] = []
     made: dict[nn.Module, nn.Module] = {}
     for name, linear in chosen.items():
@@ -173,10 +176,9 @@ def _layer_for(
     """The layer in the place of a dense one, and the relative error of its projection."""
     weight = linear.weight.detach()
     if project:
-        layer = MonarchLinear.from_linear(linear, nblocks, rank)
-        norm = float(weight.double().norm())
-        left = float((weight.double() - layer.weight.detach()).norm())
-        return layer, left / norm if norm else 0.0
+        layer, left = MonarchLinear.from_linear_with_error(linear, nblocks, rank)
+        norm = weight.to(left.dtype).norm()
+        return layer, float(left / norm) if norm > 0 else 0.0
     layer = MonarchLinear(
         linear.in_features,
         linear.out_features,
@@ -186,14 +188,18 @@ def _layer_for(
         device=weight.device,
         dtype=weight.dtype,
     )
+    for name, parameter in layer.named_parameters():
+        like = linear.bias if name == "bias" else linear.weight
+        parameter.requires_grad_(like.requires_grad)
     return layer.train(linear.training), None
 
 
 def densify(model: nn.Module) -> list[str]:
     """Puts a dense layer in the place of each :class:`fusee.nn.MonarchLinear` of a model, in place.
 
-    The model computes what it did before. So a model can be trained with Monarch layers first, which is
-    cheap, and then go on dense from the same function (reverse sparsification).
+    The model computes what it did before, but layers with hooks lose these. So a model can be trained
+    with Monarch layers first, which is cheap, and then go on dense from the same function (reverse
+    sparsification). Subclasses of the layer stay.
 
     Args:
         model: a model that contains Monarch layers.
@@ -203,7 +209,9 @@ def densify(model: nn.Module) -> list[str]:
 
     Raises:
         TypeError: ``model`` is not a module.
-        ValueError: the model itself is such a layer: use :meth:`fusee.nn.MonarchLinear.to_linear`.
+        ValueError: the model itself is such a layer (use :meth:`fusee.nn.MonarchLinear.to_linear`), or
+            one is parametrised, sharded or on the meta device, or shares a factor with another module.
+            The model is then left as it was.
 
     Deterministic.
 
@@ -217,38 +225,51 @@ def densify(model: nn.Module) -> list[str]:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a Module, got {type(model).__name__}")
-    if isinstance(model, MonarchLinear):
-        raise ValueError("model is a MonarchLinear itself, which to_linear() makes dense")
-    chosen = {n: m for n, m in model.named_modules() if isinstance(m, MonarchLinear)}
+    chosen = {
+        name: module
+        for name, module in model.named_modules()
+        if parametrize.type_before_parametrizations(module) is MonarchLinear
+    }
+    _check(model, chosen, "MonarchLinear.to_linear()", False)
     _replace(model, {module: module.to_linear() for module in chosen.values()})
     return list(chosen)
 
 
-def _check(model: nn.Module, chosen: dict[str, nn.Linear]) -> None:
+def _check(model: nn.Module, chosen: Mapping[str, nn.Module], instead: str, finite: bool) -> None:
     """Raises where a chosen layer cannot be replaced."""
     users: dict[int, set[nn.Module]] = {}
     for module in model.modules():
         for parameter in module._parameters.values():
             if parameter is not None:
                 users.setdefault(id(parameter), set()).add(module)
-    for name, linear in chosen.items():
-        if linear is model:
-            raise ValueError("model is a Linear itself, for MonarchLinear.from_linear() to replace")
-        problem = _problem(linear, users)
+    for name, layer in chosen.items():
+        if layer is model:
+            raise ValueError(f"model is a {type(layer).__name__} itself, for {instead} to replace")
+        problem = _problem(layer, users)
+        if not problem and finite and not cast(Tensor, layer.weight).isfinite().all():
+            problem = "has a weight that is not finite"
         if problem:
-            raise ValueError(f"{name} {problem}; leave the layer out by filter")
+            raise ValueError(f"{name} {problem}")
 
 
-def _problem(linear: nn.Linear, users: dict[int, set[nn.Module]]) -> str:
-    if parametrize.is_parametrized(linear):
-        return "has a parametrised weight or bias"
-    for name, parameter in linear.named_parameters(recurse=False):
+def _problem(layer: nn.Module, users: dict[int, set[nn.Module]]) -> str:
+    if parametrize.is_parametrized(layer):
+        return "has a parametrised weight or bias; remove that first"
+    names = ("w1", "w2") if isinstance(layer, MonarchLinear) else ("weight",)
+    for name in names:
+        if name not in layer._parameters:
+            return (
+                f"has a {name} that is no parameter (weight_norm or prune, say); remove that first"
+            )
+    for name, parameter in layer.named_parameters(recurse=False):
         if is_lazy(parameter):
             return "is not initialised: run the model on a batch first"
         if type(parameter.data) is not Tensor:
-            return f"has a {name} that is a {type(parameter.data).__name__}"
+            return f"has a {name} that is a {type(parameter.data).__name__}: gather it first"
+        if parameter.is_meta:
+            return f"has a {name} on the meta device, without numbers"
         if len(users[id(parameter)]) > 1:
-            return f"shares its {name} with another module"
+            return f"shares its {name} with another module; untie them first"
     return ""
 
 
