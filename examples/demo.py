@@ -8,7 +8,7 @@ a quarter of them, chosen by the group envelope, and the others are cut out; an 
 with Monarch layers. Last, images are read by their nearest neighbour, in the distance of pixels and in
 that of optimal transport. Every number printed is computed in the run.
 
-    python examples/demo.py                     about a minute on a free core
+    python examples/demo.py                     two minutes on a free core
 """
 
 from __future__ import annotations
