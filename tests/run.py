@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -45,7 +46,9 @@ class Part:
         command += self.arguments
         if self.counts_itself:
             command += ["--counts", str(path)]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", **self.environment}
+        # What a compiler has cached may be of operators as they were.
+        cache = {"TORCHINDUCTOR_CACHE_DIR": str(OUT / "inductor")}
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", **cache, **self.environment}
         print(f"[{self.name}] {' '.join(command[2:])}", flush=True)
         start = time.monotonic()
         done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
@@ -166,6 +169,7 @@ def main() -> int:
     OUT.mkdir(parents=True, exist_ok=True)
     for old in OUT.glob("*.pt"):
         old.unlink()
+    shutil.rmtree(OUT / "inductor", ignore_errors=True)
     with ThreadPoolExecutor(options.jobs) as pool:
         parts = list(pool.map(Part.run, first_parts()))
         parts += pool.map(Part.run, last_parts(not options.no_bench))

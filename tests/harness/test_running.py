@@ -148,8 +148,14 @@ def test_documentation(spec: OpSpec) -> None:
     assert not missing, f"{spec.name}'s docstring lacks {missing}"
 
 
+WITHOUT_RECORD = {
+    "monarch_project": "factors with no derivative: tests/structured/test_monarch_project.py",
+    "monarch_to_dense": "monarch_matmul of an identity: tests/structured/test_monarch_matmul.py",
+}
+
+
 def test_every_function_has_a_record() -> None:
-    """No public function is without a record."""
+    """No public function is without a record, but those that say where their tests are."""
     from tests.harness.table import RECORDS
 
     functions = {
@@ -157,4 +163,5 @@ def test_every_function_has_a_record() -> None:
         for name, value in _documented()
         if inspect.isfunction(value) and "Tensor" in str(inspect.signature(value))
     }
-    assert functions <= {spec.name for spec in RECORDS}
+    recorded = {spec.name for spec in RECORDS}
+    assert functions - recorded == set(WITHOUT_RECORD)
