@@ -137,6 +137,11 @@ def test_large_blocks_take_batched_products(monkeypatch: pytest.MonkeyPatch) -> 
     with torch.no_grad():
         fusee.monarch_matmul(x, w1, large)
     assert len(called) == 1
+    # Of a single row smaller ones do.
+    w1, w2 = torch.randn(1, 256, 256), torch.randn(1, 256, 256, requires_grad=True)
+    for rows, wanted in ((1, 2), (2, 2)):
+        fusee.monarch_matmul(torch.randn(rows, 256), w1, w2)
+        assert len(called) == wanted
 
 
 @pytest.mark.parametrize("sizes", [(4, 16, 16, 4, 16), (3, 10, 17, 6, 21), (2, 65, 33, 5, 40)])

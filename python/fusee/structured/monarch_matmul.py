@@ -162,8 +162,10 @@ def _takes_gemm(input: Tensor, w1: Tensor, w2: Tensor) -> bool:
     _, q, p = w1.shape
     _, s, r = w2.shape
     if input.device.type == "cpu":
-        # Ours makes the middle anew for the gradients, a seventh of the work.
-        large = min(q * p, s * r) >= 1 << 20 and input.dtype == torch.float32
+        # For the gradients ours makes the middle anew, a seventh of the work, and takes whole vectors of
+        # rows where there is but one.
+        least = 1 << 16 if math.prod(input.shape[:-1]) == 1 else 1 << 20
+        large = min(q * p, s * r) >= least and input.dtype == torch.float32
         return large and torch.is_grad_enabled() and any(t.requires_grad for t in (input, w1, w2))
     # A compiled program is for any number of rows.
     many = torch.compiler.is_compiling() or math.prod(input.shape[:-1]) >= 1024
@@ -180,8 +182,8 @@ def monarch_matmul(input: Tensor, w1: Tensor, w2: Tensor, bias: Tensor | None = 
     Both stages and both permutations happen in one pass: the middle z of some rows at a time stays
     in the cache, or in the shared memory of a GPU, and is computed anew in the backward pass. With l
     = k blocks that is 2 / k of the weights and products of a dense matrix. Where blocks are so large
-    that torch's batched products are faster (on the CPU from 1024 x 1024 on, for gradients), these are
-    taken.
+    that torch's batched products are faster (on the CPU from 1024 x 1024 on, for gradients, of a single
+    row from 256 x 256 on), these are taken.
 
     Args:
         input: x (..., k * p), any strides; float32, float64, bfloat16 or float16. Half types are summed
