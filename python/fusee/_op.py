@@ -284,6 +284,18 @@ def _of_tensors(
     return function, [args[i] for i in places]
 
 
+def batch_first(info: Any, in_dims: Sequence[int | None], args: Sequence[Any]) -> list[Any]:
+    """Every tensor with the vmapped dimension as its first; one that is not vmapped is repeated."""
+    return [
+        value
+        if not isinstance(value, Tensor)
+        else value.expand(info.batch_size, *value.shape)
+        if dim is None
+        else value.movedim(dim, 0)
+        for value, dim in zip(args, in_dims, strict=True)
+    ]
+
+
 def fold_batch(
     info: Any, in_dims: Sequence[int | None], args: Sequence[Tensor | None]
 ) -> list[Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,7 +16,7 @@ from fusee._checks import (
     check_floating,
     require_values,
 )
-from fusee._op import Op, backward_follows, is_readable
+from fusee._op import Op, backward_follows, batch_first, is_readable
 from fusee.losses import stablemax_cross_entropy as cross_entropy
 from fusee.losses.stablemax_cross_entropy import (
     check_class_weight,
@@ -148,26 +147,13 @@ def _backward_fake(
 # Under vmap the logits are formed, by one batched product, and the operators on logits take over.
 
 
-def _batch_first(
-    info: Any, in_dims: Sequence[int | None], args: Sequence[Tensor | None]
-) -> list[Any]:
-    return [
-        tensor
-        if tensor is None
-        else tensor.expand(info.batch_size, *tensor.shape)
-        if dim is None
-        else tensor.movedim(dim, 0)
-        for tensor, dim in zip(args, in_dims, strict=True)
-    ]
-
-
 def _batched_logits(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None) -> Tensor:
     logits = input @ linear_weight.mT
     return (logits if linear_bias is None else logits + linear_bias.unsqueeze(1)).unsqueeze(3)
 
 
 def _vmap(info: Any, in_dims: Any, *args: Any) -> Any:
-    input, linear_weight, target, linear_bias = _batch_first(info, in_dims[:4], args[:4])
+    input, linear_weight, target, linear_bias = batch_first(info, in_dims[:4], args[:4])
     weight, ignore_index, reduction, label_smoothing, *wanted = args[4:]
     if any(wanted):
         raise NotImplementedError("under vmap the gradients are formed by the backward pass")
@@ -185,9 +171,9 @@ def _vmap(info: Any, in_dims: Any, *args: Any) -> Any:
 
 
 def _backward_vmap(info: Any, in_dims: Any, *args: Any) -> Any:
-    grad, input, linear_weight, target, linear_bias = _batch_first(info, in_dims[:5], args[:5])
+    grad, input, linear_weight, target, linear_bias = batch_first(info, in_dims[:5], args[:5])
     weight, _, ignore_index, label_smoothing, input_grad, weight_grad, bias_grad = args[5:]
-    (stats,) = _batch_first(info, in_dims[6:7], args[6:7])
+    (stats,) = batch_first(info, in_dims[6:7], args[6:7])
     g, _ = cross_entropy._backward_vmap(
         info,
         (0, 0, 0, in_dims[5], 0),

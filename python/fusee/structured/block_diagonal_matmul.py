@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fusee._checks import autocast_product, check_beside, check_floating
-from fusee._op import Op
+from fusee._op import Op, batch_first
 
 
 def block_products(input: Tensor, weight: Tensor) -> Tensor:
@@ -71,15 +71,7 @@ def vmap_by_reference(reference: Any) -> Any:
     """The vmap rule of an operator whose reference takes leading dimensions."""
 
     def rule(info: Any, in_dims: Any, *args: Any) -> Any:
-        batched = [
-            value
-            if not isinstance(value, Tensor)
-            else value.expand(info.batch_size, *value.shape)
-            if dim is None
-            else value.movedim(dim, 0)
-            for value, dim in zip(args, in_dims, strict=True)
-        ]
-        outputs = reference(*batched)
+        outputs = reference(*batch_first(info, in_dims, args))
         return outputs, 0 if isinstance(outputs, Tensor) else (0,) * len(outputs)
 
     return rule

@@ -121,31 +121,7 @@ class MonarchLinear(nn.Module):
         cls, linear: nn.Linear, nblocks: int = 4, rank: int | None = None
     ) -> MonarchLinear:
         """The layer nearest to a dense one, with its bias, by :func:`fusee.monarch_project`."""
-        return cls.from_linear_with_error(linear, nblocks, rank)[0]
-
-    @classmethod
-    def from_linear_with_error(
-        cls, linear: nn.Linear, nblocks: int, rank: int | None
-    ) -> tuple[MonarchLinear, Tensor]:
-        """:meth:`from_linear`, and the norm of what the projection leaves out."""
-        if not isinstance(linear, nn.Linear):
-            raise TypeError(f"linear must be a torch.nn.Linear, got {type(linear).__name__}")
-        weight = linear.weight.detach()
-        w1, w2, error = monarch_project(weight, nblocks, rank)
-        layer = cls(
-            linear.in_features,
-            linear.out_features,
-            linear.bias is not None,
-            nblocks,
-            rank,
-            device="meta",
-            dtype=weight.dtype,
-        )
-        layer.w1 = nn.Parameter(w1, linear.weight.requires_grad)
-        layer.w2 = nn.Parameter(w2, linear.weight.requires_grad)
-        if linear.bias is not None:
-            layer.bias = nn.Parameter(linear.bias.detach().clone(), linear.bias.requires_grad)
-        return layer.train(linear.training), error
+        return nearest_layer(cls, linear, nblocks, rank)[0]
 
     def to_linear(self) -> nn.Linear:
         """A dense layer that computes the same."""
@@ -175,3 +151,27 @@ def _check_features(name: str, value: Any) -> int:
     if value < 0:
         raise ValueError(f"{name} must not be negative, got {value}")
     return value
+
+
+def nearest_layer(
+    kind: type[MonarchLinear], linear: nn.Linear, nblocks: int, rank: int | None
+) -> tuple[MonarchLinear, Tensor]:
+    """:meth:`MonarchLinear.from_linear`, and the norm of what the projection leaves out."""
+    if not isinstance(linear, nn.Linear):
+        raise TypeError(f"linear must be a torch.nn.Linear, got {type(linear).__name__}")
+    weight = linear.weight.detach()
+    w1, w2, error = monarch_project(weight, nblocks, rank)
+    layer = kind(
+        linear.in_features,
+        linear.out_features,
+        linear.bias is not None,
+        nblocks,
+        rank,
+        device="meta",
+        dtype=weight.dtype,
+    )
+    layer.w1 = nn.Parameter(w1, linear.weight.requires_grad)
+    layer.w2 = nn.Parameter(w2, linear.weight.requires_grad)
+    if linear.bias is not None:
+        layer.bias = nn.Parameter(linear.bias.detach().clone(), linear.bias.requires_grad)
+    return layer.train(linear.training), error

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
-from fusee.structured.monarch_linear import MonarchLinear
+from fusee.structured.monarch_linear import MonarchLinear, nearest_layer
 from fusee.structured.monarch_project import check_count
 
 
@@ -176,7 +176,7 @@ def _layer_for(
     """The layer in the place of a dense one, and the relative error of its projection."""
     weight = linear.weight.detach()
     if project:
-        layer, left = MonarchLinear.from_linear_with_error(linear, nblocks, rank)
+        layer, left = nearest_layer(MonarchLinear, linear, nblocks, rank)
         norm = weight.to(left.dtype).norm()
         return layer, float(left / norm) if norm > 0 else 0.0
     layer = MonarchLinear(
