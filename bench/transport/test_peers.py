@@ -11,8 +11,8 @@ from torch import Tensor
 from bench.harness import Absent
 from bench.transport import peers
 from bench.transport.bench_sinkhorn_newton import fusee_solve, problems, slowest
-from bench.transport.bench_transport_operators import OPERATORS, operator, solved
 from bench.transport.families import FAMILIES
+from bench.transport.operators import OPERATORS, operator, solved
 
 REG = 1 / 50
 

@@ -301,7 +301,7 @@ def _because(reason: str, *checks: str) -> dict[str, str]:
 
 _NOT_APPLICABLE = {
     "nan": "NaN is refused: see the errors",
-    "reference": "iterations differ: test_transport_operators.py compares what they lead to",
+    "reference": "iterations differ: test_solver.py compares what they lead to",
     "cuda_graph": "the host looks between rounds",
     "third_order": "the value has two orders",
     **_because("the number of passes depends on the numbers", "traffic", "cuda_kernels"),

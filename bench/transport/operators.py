@@ -1,4 +1,4 @@
-"""The operators below the solver: the plan, sums over it, and the system of implicit derivatives."""
+"""Cases of the operators below the solver: the plan, sums over it, and the system of derivatives."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.harness import Case, Peer, Work, bench_cases
+from bench.harness import Case, Peer, Work
 from bench.transport.families import FAMILIES
 from bench.transport.peers import ERROR, dense_solve, eager_gradient, eager_plan
 
+OPERATORS = ("transport_plan", "transport_plan_gradient", "transport_solve")
 EAGER = "eager expression"
 DENSE = "Cholesky of the dense Schur complement (torch)"
 
@@ -67,14 +68,3 @@ def case(name: str, family: str, n: int, eta: float) -> Case:
             label: Peer(lambda: expression),
         },
     )
-
-
-OPERATORS = ("transport_plan", "transport_plan_gradient", "transport_solve")
-test_transport_operators = bench_cases(
-    [
-        *(case(name, "random", 500, 1200) for name in OPERATORS),
-        case("transport_solve", "digits, L1", 784, 1200),
-        case("transport_solve", "clouds in 2-D", 500, 1200),
-    ],
-    quick=[case(name, "random", 16, 50) for name in OPERATORS],
-)
