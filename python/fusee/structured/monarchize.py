@@ -95,8 +95,7 @@ def monarchize(
     """Puts a :class:`fusee.nn.MonarchLinear` in the place of each linear layer of a model, in place.
 
     Those are the modules of the class ``torch.nn.Linear`` itself. Its subclasses stay, such as the
-    output projection of ``MultiheadAttention``, which is used by its weight alone. Layers with more
-    inputs than outputs, or the other way about, gain least.
+    output projection of ``MultiheadAttention``, which is used by its weight alone.
 
     Args:
         model: a model that contains linear layers.
