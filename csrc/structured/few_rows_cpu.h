@@ -4,7 +4,7 @@
 
 #include <algorithm>
 
-#include "structured/lanes_cpu.h"
+#include "core/lanes_cpu.h"
 #include "structured/monarch.h"
 
 namespace fusee {
@@ -18,28 +18,6 @@ template <typename T>
 bool few_rows(const Blocks& shape, int64_t rows) {
   constexpr int64_t n = kLanes<accumulate_t<T>>;
   return rows > 0 && rows * (shape.in + 3 * n) < n * shape.in;
-}
-
-template <typename T, typename A>
-void widen(const T* FUSEE_RESTRICT from, int64_t count, A* FUSEE_RESTRICT to) {
-#pragma omp simd
-  for (int64_t i = 0; i < count; ++i) to[i] = static_cast<A>(from[i]);
-}
-
-// Lane i of the result is the sum of vector i.
-template <typename A, int kStep = kLanes<A> / 2>
-FUSEE_HOST_DEVICE Vector<A> sum_each(Vector<A> (&sums)[kLanes<A>]) {
-  if constexpr (kStep > 0) {
-    constexpr int n = kLanes<A>;
-    constexpr std::make_integer_sequence<int, n> all;
-#pragma GCC unroll 8
-    for (int i = 0; i < kStep; ++i)
-      sums[i] = shuffle<Exchange<n, kStep, false>>(sums[i], sums[i + kStep], all) +
-                shuffle<Exchange<n, kStep, true>>(sums[i], sums[i + kStep], all);
-    return sum_each<A, kStep / 2>(sums);
-  } else {
-    return sums[0];
-  }
 }
 
 // The sums of kFeatures rows of the weight, `stride` apart, times kRows inputs.

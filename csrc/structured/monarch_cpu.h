@@ -2,6 +2,7 @@
 // middle lies in cache as lines of tokens; a permutation is which line is written.
 #pragma once
 
+#include "core/ahead_cpu.h"
 #include "structured/blocks_cpu.h"
 
 namespace fusee {

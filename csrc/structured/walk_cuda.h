@@ -2,7 +2,6 @@
 #pragma once
 
 #include <algorithm>
-#include <climits>
 
 #include "core/cuda/torch_stream.h"
 #include "structured/factor_product_cuda.h"
@@ -73,12 +72,6 @@ Columns<const T, kLayout> input_columns(const Tensor& tensor, int64_t blocks, in
 template <typename T, Layout kLayout>
 Columns<T, kLayout> output_columns(const Tensor& tensor, int64_t blocks, int64_t size) {
   return {output<T>(tensor), tensor.size(0), static_cast<int>(blocks), static_cast<int>(size)};
-}
-
-// A launch needs as many blocks of threads as fit into 31 bits.
-inline unsigned grid_of(int64_t row_tiles, int64_t of_each) {
-  FUSEE_REQUIRE(row_tiles * of_each <= INT_MAX, "too many rows for one launch");
-  return static_cast<unsigned>(row_tiles * of_each);
 }
 
 }  // namespace cuda

@@ -81,6 +81,27 @@ FUSEE_DEVICE T warp_sum(T value FUSEE_SITE) {
   return warp_reduce(value, Sum {} FUSEE_AT_SITE);
 }
 
+// The sums over the lanes of N values. Value i goes to the lanes from i (32 / N) on.
+template <int kDistance = 16, int N, typename A>
+FUSEE_DEVICE A sums_over_lanes(const A (&values)[N]) {
+  if constexpr (N == 1) {
+    A sum = values[0];
+    for (int distance = kDistance; distance > 0; distance /= 2)
+      sum += detail::shuffle_xor(sum, distance);
+    return sum;
+  } else {
+    constexpr int kHalf = N / 2;
+    const bool upper = (thread_rank() & kDistance) != 0;
+    A kept[kHalf];
+    FUSEE_UNROLL
+    for (int i = 0; i < kHalf; ++i) {
+      const A sent = upper ? values[i] : values[i + kHalf];
+      kept[i] = (upper ? values[i + kHalf] : values[i]) + detail::shuffle_xor(sent, kDistance);
+    }
+    return sums_over_lanes<kDistance / 2>(kept);
+  }
+}
+
 // `scratch` holds one T for each warp (32 always suffice). The block must consist of whole warps.
 // The scratch may be used again at once: the reduction begins with a barrier, and a barrier
 // separates its stores from its loads.

@@ -12,6 +12,13 @@
 #include "core/half.h"
 #include "core/macros.h"
 
+// Before a loop over an array that is to stay in registers.
+#if defined(__CUDACC__)
+#define FUSEE_UNROLL _Pragma("unroll")
+#else
+#define FUSEE_UNROLL
+#endif
+
 #if defined(FUSEE_EMULATED)
 #include "emulator.h"
 #define FUSEE_SITE , const ::emulator::Where& where = ::emulator::Where::current()

@@ -74,6 +74,12 @@ inline Tensor as_aligned(const Tensor& tensor) {
   return aligned ? result : torch::stable::clone(result);
 }
 
+// A launch needs as many blocks of threads as fit into 31 bits.
+inline unsigned grid_of(int64_t row_tiles, int64_t of_each) {
+  FUSEE_REQUIRE(row_tiles * of_each <= INT32_MAX, "too much for one launch");
+  return static_cast<unsigned>(row_tiles * of_each);
+}
+
 }  // namespace cuda
 }  // namespace FUSEE_ENGINE_NAMESPACE
 }  // namespace fusee

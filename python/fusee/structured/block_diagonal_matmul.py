@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fusee._checks import autocast_product, check_beside, check_floating
-from fusee._op import Op, batch_first
+from fusee._op import Op
+from fusee._products import allows_tf32, as_rows, needed, of_wanted, vmap_by_reference
 
 
 def block_products(input: Tensor, weight: Tensor) -> Tensor:
@@ -67,16 +66,6 @@ def vmap_over_rows(name: str, reference: Any) -> Any:
     return rule
 
 
-def vmap_by_reference(reference: Any) -> Any:
-    """The vmap rule of an operator whose reference takes leading dimensions."""
-
-    def rule(info: Any, in_dims: Any, *args: Any) -> Any:
-        outputs = reference(*batch_first(info, in_dims, args))
-        return outputs, 0 if isinstance(outputs, Tensor) else (0,) * len(outputs)
-
-    return rule
-
-
 def divides(input: Any, count: int) -> bool:
     """Whether the parts of a mesh get equal shares of ``count``."""
     return bool(count % input.mesh.size() == 0)
@@ -103,22 +92,6 @@ def _backward_sharding(grad: Any, input: Any, weight: Any, wanted: int, tf32: bo
         results = of_wanted(wanted, (output, summed))
         choices.append((results, [output, output, of_weight, None, None]))
     return choices
-
-
-def of_wanted(wanted: int, placements: Any) -> list[Any]:
-    """The placements of the gradients that are asked for; the others are empty."""
-    from torch.distributed.tensor import Replicate
-
-    return [where if wanted >> i & 1 else Replicate() for i, where in enumerate(placements)]
-
-
-def needed(ctx: Any, grads: Callable[..., Any], count: int) -> list[Tensor | None]:
-    """The gradients of the first ``count`` inputs, of those that need one; ``grads`` takes their set as
-    bits."""
-    flags = ctx.needs_input_grad[:count]
-    wanted = sum(1 << i for i, flag in enumerate(flags) if flag)
-    made = grads(wanted) if wanted else flags
-    return [value if flag else None for value, flag in zip(made, flags, strict=True)]
 
 
 def _backward(ctx: Any, args: Any, saved: Any, grad: Tensor) -> Any:
@@ -181,23 +154,6 @@ def check_product(
         others["bias"] = bias
     for name, tensor in others.items():
         check_beside(name, tensor, "input", input)
-
-
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _tf32_is_allowed() -> bool:
-    return torch.backends.cuda.matmul.fp32_precision == "tf32"
-
-
-def allows_tf32(input: Tensor) -> bool:
-    """Whether torch may round the operands of this product to TF32, which the user has to allow."""
-    return input.is_cuda and input.dtype == torch.float32 and bool(_tf32_is_allowed())
-
-
-def as_rows(input: Tensor) -> Tensor:
-    """The input as (rows, features)."""
-    if input.dim() == 2:
-        return input
-    return input.reshape(math.prod(input.shape[:-1]), input.shape[-1])
 
 
 def block_diagonal_matmul(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

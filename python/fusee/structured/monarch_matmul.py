@@ -10,16 +10,12 @@ from torch import Tensor
 
 from fusee._checks import autocast_product
 from fusee._op import Op
+from fusee._products import allows_tf32, as_rows, needed, of_wanted, vmap_by_reference
 from fusee.structured.block_diagonal_matmul import (
-    allows_tf32,
-    as_rows,
     block_products,
     check_blocks,
     check_product,
     divides,
-    needed,
-    of_wanted,
-    vmap_by_reference,
     vmap_over_rows,
 )
 

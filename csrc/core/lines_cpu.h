@@ -1,7 +1,7 @@
 // Between rows of tokens in memory and lines of features, whose lanes are tokens.
 #pragma once
 
-#include "structured/product_cpu.h"
+#include "core/product_cpu.h"
 
 namespace fusee {
 inline namespace FUSEE_ENGINE_NAMESPACE {

@@ -5,8 +5,7 @@
 #include <algorithm>
 #include <array>
 
-#include "structured/ahead_cpu.h"
-#include "structured/lanes_cpu.h"
+#include "core/lanes_cpu.h"
 
 namespace fusee {
 inline namespace FUSEE_ENGINE_NAMESPACE {
@@ -49,7 +48,8 @@ struct Lines {
   int64_t line_stride, tile_stride;
 };
 
-template <typename A, int kFeatures, int kVectors>
+// kMagnitudes takes the lines' magnitudes.
+template <typename A, int kFeatures, int kVectors, bool kMagnitudes>
 void multiply_tile(const Factor<A>& factor, const A* lines, int64_t line_stride, int64_t depth,
                    A* const* out, int64_t offset, bool add) {
   constexpr int n = kLanes<A>;
@@ -60,7 +60,10 @@ void multiply_tile(const Factor<A>& factor, const A* lines, int64_t line_stride,
     for (int64_t k = begin; k < std::min(depth, begin + factor.segment); ++k) {
       Vector<A> line[kVectors];
 #pragma GCC unroll 4
-      for (int v = 0; v < kVectors; ++v) line[v] = load_vector(lines + v * n);
+      for (int v = 0; v < kVectors; ++v) {
+        line[v] = load_vector(lines + v * n);
+        if constexpr (kMagnitudes) line[v] = magnitude<A>(line[v]);
+      }
 #pragma GCC unroll 16
       for (int f = 0; f < kFeatures; ++f) {
         const A scalar = scalars[f * factor.feature_stride];
@@ -85,10 +88,10 @@ template <typename A>
 using TileFunction = void (*)(const Factor<A>&, const A*, int64_t, int64_t, A* const*, int64_t,
                               bool);
 
-template <typename A, int kVectors, int... kFeatures>
+template <typename A, int kVectors, bool kMagnitudes, int... kFeatures>
 constexpr auto tile_functions(std::integer_sequence<int, kFeatures...>) {
   return std::array<TileFunction<A>, sizeof...(kFeatures)>{
-      &multiply_tile<A, kFeatures + 1, kVectors>...};
+      &multiply_tile<A, kFeatures + 1, kVectors, kMagnitudes>...};
 }
 
 // How many tiles a product goes through.
@@ -99,16 +102,20 @@ int64_t tiles_of(int64_t features, int64_t depth, int64_t vectors) {
          std::max<int64_t>(1, (depth + kTileDepth - 1) / kTileDepth);
 }
 
+struct Nothing {
+  void operator()() const {}
+};
+
 // out(feature) is where a feature's line begins in the first tile. The lines have `vectors` vectors in
 // all, a tile kTileVectors of them. The result is set, or added to what is there. before() is called
 // before each tile.
-template <typename A, typename Out, typename Before = Nothing>
+template <bool kMagnitudes = false, typename A, typename Out, typename Before = Nothing>
 void multiply(const Factor<A>& factor, int64_t features, int64_t depth, const Lines<A>& lines,
               int64_t vectors, const Out& out, int64_t out_tile_stride, bool add,
               Before&& before = {}) {
   constexpr std::make_integer_sequence<int, kTileFeatures> counts;
-  static constexpr auto kWhole = tile_functions<A, kTileVectors>(counts);
-  static constexpr auto kSingle = tile_functions<A, 1>(counts);
+  static constexpr auto kWhole = tile_functions<A, kTileVectors, kMagnitudes>(counts);
+  static constexpr auto kSingle = tile_functions<A, 1, kMagnitudes>(counts);
   const int64_t panels = (features + kTileFeatures - 1) / kTileFeatures;
   for (int64_t begin = 0; begin < depth || begin == 0; begin += kTileDepth) {
     const int64_t length = std::min(kTileDepth, depth - begin);

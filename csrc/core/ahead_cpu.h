@@ -10,10 +10,6 @@
 namespace fusee {
 inline namespace FUSEE_ENGINE_NAMESPACE {
 
-struct Nothing {
-  void operator()() const {}
-};
-
 // Rows of evenly spaced pieces of memory; strides and lengths in bytes.
 struct Pieces {
   const void* first;
