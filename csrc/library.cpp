@@ -129,6 +129,35 @@ STABLE_TORCH_LIBRARY(fusee, m) {
       "monarch_matmul_backward(Tensor grad, Tensor input, Tensor w1, Tensor w2, int wanted, "
       "bool tf32) "
       "-> (Tensor grad_input, Tensor grad_w1, Tensor grad_w2)");
+
+  // --- bounds ---------------------------------------------------------------------------------
+  // Boxes as center and radius (rows, in) through a layer with weight (out, in), and through ReLU where asked:
+  // center W^T + bias and radius |W|^T. sound rounds outward. Bit i of `wanted` asks for the i-th gradient; the
+  // results of the layer are given to its backward operator where it had a ReLU.
+  m.def(
+      "interval_linear(Tensor center, Tensor radius, Tensor weight, Tensor? bias, bool relu, "
+      "bool sound, bool tf32) -> (Tensor out_center, Tensor out_radius)");
+  m.def(
+      "interval_linear_backward(Tensor grad_center, Tensor grad_radius, Tensor center, "
+      "Tensor radius, Tensor weight, Tensor? out_center, Tensor? out_radius, int wanted, bool "
+      "tf32) "
+      "-> (Tensor grad_center, Tensor grad_radius, Tensor grad_weight, Tensor grad_bias)");
+  // Boxes (outer, channels, inner) times the scale of their channel, plus its shift, and through ReLU.
+  m.def(
+      "interval_affine(Tensor center, Tensor radius, Tensor? scale, Tensor? shift, bool relu, "
+      "bool sound) -> (Tensor out_center, Tensor out_radius)");
+  m.def(
+      "interval_affine_backward(Tensor grad_center, Tensor grad_radius, Tensor center, "
+      "Tensor radius, Tensor? scale, Tensor? out_center, Tensor? out_radius, int wanted) "
+      "-> (Tensor grad_center, Tensor grad_radius, Tensor grad_scale, Tensor grad_shift)");
+  // Upper bounds of the differences of a layer's outputs to the output of the row's target (rows, classes).
+  m.def(
+      "interval_margins(Tensor center, Tensor radius, Tensor weight, Tensor? bias, Tensor target, "
+      "bool sound) -> Tensor");
+  m.def(
+      "interval_margins_backward(Tensor grad, Tensor center, Tensor radius, Tensor weight, "
+      "Tensor target, int wanted) "
+      "-> (Tensor grad_center, Tensor grad_radius, Tensor grad_weight, Tensor grad_bias)");
 }
 
 // Called from Python through ctypes, before any engine is loaded.

@@ -6,6 +6,17 @@ The functions are here, the modules in :mod:`fusee.nn`, the optimisers in :mod:`
 
 from fusee import nn, optim
 from fusee._library import LOADED as _LOADED
+from fusee.bounds.boxes import center_radius, lower_upper
+from fusee.bounds.interval_affine import interval_relu
+from fusee.bounds.interval_batch_norm import interval_batch_norm
+from fusee.bounds.interval_conv2d import interval_conv2d
+from fusee.bounds.interval_linear import interval_linear
+from fusee.bounds.interval_margins import interval_margins
+from fusee.bounds.interval_model import interval_bounds
+from fusee.bounds.propagation_tightness import linear_tightness, propagation_tightness
+from fusee.bounds.robust_cross_entropy import robust_cross_entropy
+from fusee.bounds.small_boxes import small_boxes
+from fusee.bounds.warmup_penalty import interval_warmup_penalty
 from fusee.losses.linear_stablemax_cross_entropy import linear_stablemax_cross_entropy
 from fusee.losses.stablemax import log_stablemax, stablemax
 from fusee.losses.stablemax_cross_entropy import stablemax_cross_entropy
@@ -32,13 +43,23 @@ __all__ = [
     "GroupTable",
     "TransportResult",
     "block_diagonal_matmul",
+    "center_radius",
     "compand",
     "compand_foreach",
     "compand_inverse",
     "engine",
     "group_envelope",
+    "interval_batch_norm",
+    "interval_bounds",
+    "interval_conv2d",
+    "interval_linear",
+    "interval_margins",
+    "interval_relu",
+    "interval_warmup_penalty",
     "linear_stablemax_cross_entropy",
+    "linear_tightness",
     "log_stablemax",
+    "lower_upper",
     "monarch_matmul",
     "monarch_project",
     "monarch_to_dense",
@@ -48,9 +69,12 @@ __all__ = [
     "project_top_k_groups",
     "project_top_k_nonnegative",
     "project_top_k_simplex",
+    "propagation_tightness",
     "prox_group_envelope",
+    "robust_cross_entropy",
     "sinkhorn_newton",
     "sinkhorn_newton_samples",
+    "small_boxes",
     "stablemax",
     "stablemax_cross_entropy",
 ]

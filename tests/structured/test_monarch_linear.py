@@ -173,3 +173,16 @@ def test_errors_of_inputs() -> None:
         MonarchLinear(10, 6)(torch.randn(3, 12))  # as many as the padded ones
     with pytest.raises(TypeError, match=r"linear must be a torch.nn.Linear, got Conv2d"):
         MonarchLinear.from_linear(nn.Conv2d(1, 1, 1))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("rank", "exact"), [(1, True), (3, False)])
+def test_a_box_goes_through_both_factors(rank: int, exact: bool) -> None:
+    """As tight as the dense layer where the tiles have rank one."""
+    layer = fusee.nn.MonarchLinear(10, 7, nblocks=3, rank=rank, dtype=torch.float64)
+    x = torch.randn(4, 10).double()
+    lower, upper = fusee.interval_bounds(layer, x - 0.1, x + 0.1)
+    dense = fusee.interval_bounds(layer.to_linear(), x - 0.1, x + 0.1)
+    assert bool((lower <= dense[0] + 1e-12).all() and (dense[1] <= upper + 1e-12).all())
+    assert torch.allclose(upper - lower, dense[1] - dense[0]) is exact
+    with pytest.raises(NotImplementedError, match="no sound interval rule for MonarchLinear"):
+        fusee.interval_bounds(layer, x, x, sound=True)

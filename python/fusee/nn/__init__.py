@@ -1,5 +1,10 @@
 """The modules of fusee, under the names that users of ``torch.nn`` look for."""
 
+from fusee.bounds.certify import CertificationReport, certify
+from fusee.bounds.interval_init import interval_init_
+from fusee.bounds.interval_model import IntervalModel, IntervalOutput
+from fusee.bounds.pgd_attack import pgd_attack
+from fusee.bounds.robust_cross_entropy import RobustCrossEntropyLoss
 from fusee.losses.linear_stablemax_cross_entropy import LinearStableMaxCrossEntropyLoss
 from fusee.losses.stablemax import LogStableMax, StableMax
 from fusee.losses.stablemax_cross_entropy import StableMaxCrossEntropyLoss
@@ -13,9 +18,12 @@ from fusee.structured.monarch_linear import MonarchLinear
 from fusee.structured.monarchize import MonarchReport, MonarchRow, densify, monarchize
 
 __all__ = [
+    "CertificationReport",
     "Compander",
     "CoupledGroups",
     "CutReport",
+    "IntervalModel",
+    "IntervalOutput",
     "LayerCut",
     "LinearStableMaxCrossEntropyLoss",
     "LogStableMax",
@@ -23,15 +31,19 @@ __all__ = [
     "MonarchReport",
     "MonarchRow",
     "PrunableGroups",
+    "RobustCrossEntropyLoss",
     "StableMax",
     "StableMaxCrossEntropyLoss",
     "WeightReport",
+    "certify",
     "compand_model",
     "compander_param_groups",
     "cut_zero_groups",
     "densify",
     "fold_companders",
+    "interval_init_",
     "monarchize",
+    "pgd_attack",
     "plot_weight_histograms",
     "prunable_groups",
     "weight_report",

@@ -104,12 +104,24 @@ class MonarchLinear(nn.Module):
                 f"input must have {self.in_features} features in its last dimension, got "
                 f"{tuple(input.shape)}"
             )
+        return self._product(input, self.w1, self.w2, self.bias)
+
+    def _product(self, input: Tensor, w1: Tensor, w2: Tensor, bias: Tensor | None) -> Tensor:
         padding = self.w1.shape[0] * self.w1.shape[2] - self.in_features
         cut = self.w2.shape[0] * self.w2.shape[1] - self.out_features
         input = F.pad(input, (0, padding)) if padding else input
-        bias = F.pad(self.bias, (0, cut)) if cut and self.bias is not None else self.bias
-        output = monarch_matmul(input, self.w1, self.w2, bias)
+        bias = F.pad(bias, (0, cut)) if cut and bias is not None else bias
+        output = monarch_matmul(input, w1, w2, bias)
         return output[..., : self.out_features].contiguous() if cut else output
+
+    def interval_forward(
+        self, center: Tensor, radius: Tensor, *, sound: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """What :class:`fusee.nn.IntervalModel` asks for: a box through both factors, each with its
+        magnitudes. With a rank of one that is as tight as the dense matrix's."""
+        if sound:
+            raise NotImplementedError("no sound interval rule for MonarchLinear")
+        return self(center), self._product(radius, self.w1.abs(), self.w2.abs(), None)
 
     @property
     def weight(self) -> Tensor:

@@ -1,0 +1,1 @@
+"""Interval bounds: boxes through networks, certified training, and how tight the bounds are."""
