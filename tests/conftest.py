@@ -17,6 +17,7 @@ from tests.harness.table import RECORDS
 
 MARKS = {
     "tracing": "says nothing about an engine's numbers; runs on one engine",
+    "rules": "derivatives and batches by rules in Python, above the kernels; runs on one CPU engine",
     "threads": "about threads and sizes; not for the emulated engine",
     "large": "needs many GiB of memory",
     "emulated_only": "reads the counters of the emulated engine",

@@ -114,11 +114,13 @@ def first_parts() -> list[Part]:
     parts = [engine_part(best, "not emulated_only", "cpu,cuda")]
     if "emulated" in built():
         parts.append(
-            engine_part("emulated", "not (tracing or threads or large or processes)", "cpu")
+            engine_part(
+                "emulated", "not (tracing or rules or threads or large or processes)", "cpu"
+            )
         )
         parts[-1].arguments.insert(0, "tests/test_counters.py")
         parts.append(again_part("emulated"))
-    numerics = "not (tracing or large or processes or emulated_only)"
+    numerics = "not (tracing or rules or large or processes or emulated_only)"
     parts += [engine_part(engine, numerics, "cpu") for engine in others]
     return parts + [again_part(engine) for engine in (best, *others)]
 

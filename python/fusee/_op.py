@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -27,6 +28,14 @@ _implementations = torch.library.Library("fusee", "IMPL")
 def in_functorch_transform() -> bool:
     """Whether a ``torch.func`` transform is being applied to the calling code."""
     return torch._C._are_functorch_transforms_active()
+
+
+def without_autocast(args: Sequence[Any]) -> AbstractContextManager[Any]:
+    """A context in which references compute in the dtypes of their tensors."""
+    device = next(value.device.type for value in args if isinstance(value, Tensor))
+    if device in ("cpu", "cuda") and torch.is_autocast_enabled(device):
+        return torch.autocast(device, enabled=False)
+    return nullcontext()
 
 
 def is_readable(tensor: Tensor) -> bool:
@@ -277,7 +286,8 @@ def _of_tensors(
         filled = list(args)
         for place, tensor in zip(places, tensors, strict=True):
             filled[place] = tensor
-        output = reference(*filled)
+        with without_autocast(filled):
+            output = reference(*filled)
         outputs = output if isinstance(output, tuple) else (output,)
         return tuple(outputs[i] for i in outputs_with_grad)
 

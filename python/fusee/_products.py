@@ -9,14 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusee._op import batch_first
+from fusee._op import batch_first, without_autocast
 
 
 def vmap_by_reference(reference: Any) -> Any:
     """The vmap rule of an operator whose reference takes leading dimensions."""
 
     def rule(info: Any, in_dims: Any, *args: Any) -> Any:
-        outputs = reference(*batch_first(info, in_dims, args))
+        batched = batch_first(info, in_dims, args)
+        with without_autocast(batched):
+            outputs = reference(*batched)
         return outputs, 0 if isinstance(outputs, Tensor) else (0,) * len(outputs)
 
     return rule

@@ -325,3 +325,11 @@ def test_errors_of_the_linear_one(
 ) -> None:
     with pytest.raises(error, match=match):
         fusee.linear_tightness(*arguments)
+
+
+def test_a_single_layer_is_tight() -> None:
+    """A layer that is the model itself; what is left of each difference is what it needs."""
+    x, target = torch.rand(3, 4), torch.tensor([0, 1, 2])
+    made = fusee.propagation_tightness(torch.nn.Linear(4, 3), x - 0.1, x + 0.1, target)
+    others = torch.arange(3) != target[:, None]
+    torch.testing.assert_close(made[others], torch.ones(6))

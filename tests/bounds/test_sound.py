@@ -296,3 +296,99 @@ def test_autocast_does_not_round_a_sound_layer() -> None:
         pytest.raises(TypeError, match="weight must have the dtype"),
     ):
         fusee.interval_linear(x, x.abs(), weight.double(), sound=True)
+
+
+class Constants(nn.Module):
+    def __init__(self, function: object) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x)  # type: ignore[operator,no-any-return]
+
+
+@pytest.mark.parametrize(
+    ("function", "value"),
+    [
+        (lambda x: x + 0.1, -0.1),
+        (lambda x: 0.1 - x, 0.1),
+        (lambda x: x * 0.1, 3.0),
+        (lambda x: x / 0.3, 7.0),
+        (lambda x: x * 1e-46, 1e38),
+        (lambda x: x / 1e40, 1e38),
+    ],
+)
+def test_constants_are_as_exact_as_python_has_them(function: object, value: float) -> None:
+    x = torch.tensor([value])
+    lower, upper = fusee.interval_bounds(Constants(function), x, x, sound=True)
+    expected = _exactly(function, Fraction(x.item()))
+    assert Fraction(lower.item()) <= expected <= Fraction(upper.item())
+
+
+def _exactly(function: object, start: Fraction) -> Fraction:
+    class Number:
+        """A rational number, with what numbers of Python's are."""
+
+        def __init__(self, value: Fraction) -> None:
+            self.value = value
+
+        def __add__(self, other: float) -> Fraction:
+            return self.value + Fraction(other)
+
+        def __rsub__(self, other: float) -> Fraction:
+            return Fraction(other) - self.value
+
+        def __mul__(self, other: float) -> Fraction:
+            return self.value * Fraction(other)
+
+        def __truediv__(self, other: float) -> Fraction:
+            return self.value / Fraction(other)
+
+    return function(Number(start))  # type: ignore[operator,no-any-return]
+
+
+def test_batch_norm_with_a_scale_that_is_hardly_there() -> None:
+    norm = nn.BatchNorm2d(1).eval()
+    with torch.no_grad():
+        norm.weight.fill_(1e-42)
+    x = torch.full((1, 1, 1, 1), 8.7e19)
+    lower, upper = fusee.interval_bounds(nn.Sequential(norm), x, x, sound=True)
+    box = [(Fraction(x.item()), Fraction(x.item()))]
+    ends = [(Fraction(lower.item()), Fraction(upper.item()))]
+    assert exact.contains(ends, exact_norm(norm, box, 0))
+
+
+def test_no_sound_bounds_of_statistics_or_other_dtypes() -> None:
+    x = torch.rand(4, 3)
+    for model, match in (
+        (nn.Sequential(nn.BatchNorm1d(3)), "a batch's own statistics"),
+        (Constants(lambda x: x.sum(1, dtype=torch.float32)), "sum in another dtype"),
+        (Constants(lambda x: x.double()), "double"),
+    ):
+        with pytest.raises(NotImplementedError, match=f"no sound interval rule for .*{match}"):
+            fusee.interval_bounds(model, x, x, sound=True)
+
+
+def test_batched_weights_under_autocast() -> None:
+    x, weights = torch.randn(3, 5), torch.randn(2, 4, 5)
+
+    def layer(weight: Tensor) -> tuple[Tensor, Tensor]:
+        return fusee.interval_linear(x, x.abs(), weight, sound=True)
+
+    expected = torch.vmap(layer)(weights)
+    with torch.autocast("cpu", torch.bfloat16):
+        made = torch.vmap(layer)(weights)
+    assert all(torch.equal(a, b) for a, b in zip(made, expected, strict=True))
+
+
+def test_sound_convolutions_refuse_what_torch_refuses() -> None:
+    box, weight = (torch.randn(1, 4, 5, 5), torch.rand(1, 4, 5, 5)), torch.randn(3, 2, 3, 3)
+    for options in (
+        {"padding": "sam", "groups": 2},
+        {"padding": -1, "groups": 2},
+        {"groups": 2},
+        {"padding": "same", "stride": 2, "groups": 2},
+        {"stride": (1, 1, 1), "groups": 2},
+    ):
+        with pytest.raises((RuntimeError, ValueError)):
+            fusee.interval_conv2d(*box, weight, sound=True, **options)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import pytest
 import torch
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
@@ -39,6 +40,7 @@ def test_gradcheck(spec: OpSpec, device: str) -> None:
             )
 
 
+@pytest.mark.rules
 def test_gradgradcheck(spec: OpSpec, device: str) -> None:
     """Second order, in reverse over reverse and forward over reverse."""
     for sample in _smooth(spec, device):
@@ -58,6 +60,7 @@ def _nth_gradient(
     return list(torch.autograd.grad(value, leaves, materialize_grads=True))
 
 
+@pytest.mark.rules
 def test_third_order(spec: OpSpec, device: str) -> None:
     """The third order is right too."""
     for sample in _smooth(spec, device):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 from torch.func import grad, hessian, jacfwd, jacrev, jvp, vmap
@@ -12,6 +13,8 @@ from torch.func import grad, hessian, jacfwd, jacrev, jvp, vmap
 from tests.harness.helpers import chosen, cotangent, naming
 from tests.harness.measure import ulps
 from tests.harness.spec import OpSpec, Sample, as_function
+
+pytestmark = pytest.mark.rules
 
 Function = Callable[..., Tensor]
 

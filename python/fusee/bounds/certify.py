@@ -15,7 +15,7 @@ from fusee._checks import check_floating, check_tensor
 from fusee.bounds.boxes import next_above, next_below
 from fusee.bounds.interval_margins import check_targets
 from fusee.bounds.interval_model import IntervalModel
-from fusee.bounds.options import check_count, check_model, check_number, evaluating
+from fusee.bounds.options import check_count, check_model, check_number, in_mode
 from fusee.bounds.pgd_attack import check_outputs, pgd_attack
 
 
@@ -93,6 +93,10 @@ def _ends(
             next_below((input.double() - eps).to(input.dtype)),
             next_above((input.double() + eps).to(input.dtype)),
         )
+        least, most = (torch.tensor(end, dtype=torch.float64) for end in (minimum, maximum))
+        low, high = least.to(input.dtype), most.to(input.dtype)
+        minimum = (low if low.double() <= least else next_below(low)).item()
+        maximum = (high if high.double() >= most else next_above(high)).item()
     return lower.clamp(min=minimum), upper.clamp(max=maximum)
 
 
@@ -171,7 +175,7 @@ def certify(
     parameter = next(model.parameters(), None)
     samples = standard = adversarial = certified = 0
     line = _Progress(loader, progress)
-    with evaluating(model), torch.no_grad():
+    with in_mode(model, False), torch.no_grad():
         net = model if isinstance(model, IntervalModel) else IntervalModel(model)
         for done, (input, target) in enumerate(loader, 1):
             check_floating("input", input)

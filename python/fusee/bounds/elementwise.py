@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -11,52 +12,63 @@ from torch import Tensor
 from fusee.bounds.boxes import Box, next_above, next_below, of_two, rounding_of, to_box, to_ends
 
 
-def _as_box(value: Any, like: Box) -> Box:
-    if isinstance(value, Box):
-        return value
-    if not isinstance(value, Tensor):
-        value = torch.as_tensor(value, dtype=like.center.dtype, device=like.center.device)
-    return Box(value, torch.zeros_like(value))
+def _rounded(center: Tensor, radius: Tensor, dtype: torch.dtype) -> Box:
+    """A box in ``dtype`` around one that was computed in float64, each number with at most three
+    roundings."""
+    limits = torch.finfo(torch.float64)
+    lost = 4 * limits.eps * center.abs() + limits.tiny
+    grown = next_above(radius * (1 + 4 * limits.eps)) + next_above(lost)
+    return Box(*of_two(Box(center, next_above(grown)), dtype, True))
 
 
-def _sum(center: Tensor, radius: Tensor, sound: bool) -> Box:
-    """A sum of two, whose radius covers the rounding of its center."""
-    if not sound:
-        return Box(center, radius)
-    limits = torch.finfo(center.dtype)
-    lost = next_above(limits.eps * center.abs()) + limits.tiny
-    return Box(center, next_above(next_above(radius) + lost))
+def _constant(value: Any, like: Tensor, sound: bool) -> Any:
+    """What is no box: a tensor, or a number; where sound, in float64."""
+    if isinstance(value, Tensor):
+        return value.double() if sound else value
+    return torch.as_tensor(value, dtype=torch.float64, device=like.device) if sound else value
+
+
+def _sum(one: Any, other: Any, function: Callable[..., Tensor], alpha: float, sound: bool) -> Box:
+    """The sum or the difference of two boxes, or of one and what is none."""
+    if alpha != 1:
+        raise NotImplementedError("no interval rule for a sum with alpha")
+    like = (one if isinstance(one, Box) else other).center
+    parts = []
+    for value in (one, other):
+        if isinstance(value, Box):
+            parts.append(Box(*(part.double() for part in value)) if sound else value)
+        else:
+            parts.append(
+                Box(
+                    _constant(value, like, sound),
+                    torch.zeros((), dtype=like.dtype, device=like.device),
+                )
+            )
+    center = function(parts[0].center, parts[1].center)
+    radius = (parts[0].radius + parts[1].radius).expand(center.shape)
+    return _rounded(center, radius, like.dtype) if sound else Box(center, radius)
 
 
 def add(one: Any, other: Any, *, alpha: float = 1, sound: bool = False) -> Box:
-    if alpha != 1:
-        raise NotImplementedError("no interval rule for add with alpha")
-    like = one if isinstance(one, Box) else other
-    one, other = _as_box(one, like), _as_box(other, like)
-    return _sum(one.center + other.center, one.radius + other.radius, sound)
-
-
-def negate(box: Box, sound: bool = False) -> Box:
-    return Box(-box.center, box.radius)
+    return _sum(one, other, operator.add, alpha, sound)
 
 
 def subtract(one: Any, other: Any, *, alpha: float = 1, sound: bool = False) -> Box:
-    if alpha != 1:
-        raise NotImplementedError("no interval rule for sub with alpha")
-    like = one if isinstance(one, Box) else other
-    one, other = _as_box(one, like), _as_box(other, like)
-    return _sum(one.center - other.center, one.radius + other.radius, sound)
+    return _sum(one, other, operator.sub, alpha, sound)
+
+
+def negate(box: Box, *, sound: bool = False) -> Box:
+    return Box(-box.center, box.radius)
 
 
 def _scaled(box: Box, scale: Any, function: Callable[..., Tensor], sound: bool) -> Box:
-    """The box times or divided by what is no box: a tensor, or a number that is rounded to its dtype."""
+    """The box times or divided by what is no box."""
+    scale = _constant(scale, box.center, sound)
     magnitude = scale.abs() if isinstance(scale, Tensor) else abs(scale)
-    center, radius = function(box.center, scale), function(box.radius, magnitude)
     if not sound:
-        return Box(center, radius)
-    limits = torch.finfo(center.dtype)
-    lost = next_above(2 * limits.eps * center.abs()) + limits.tiny
-    return Box(center, next_above(next_above(radius * (1 + 4 * limits.eps) + limits.tiny) + lost))
+        return Box(function(box.center, scale), function(box.radius, magnitude))
+    center, radius = (part.double() for part in box)
+    return _rounded(function(center, scale), function(radius, magnitude), box.center.dtype)
 
 
 def multiply(one: Any, other: Any, *, sound: bool = False) -> Box:
@@ -76,7 +88,8 @@ def monotone(function: Callable[[Tensor], Tensor], box: Box, sound: bool = False
     """Of a function that never falls, within four units in the last place of the exact one."""
     lower, upper = to_ends(box, sound)
     if not sound:
-        return to_box(function(lower), function(upper), False)
+        # A rounded function may fall by a unit in the last place.
+        return _of_ends(function(lower), function(upper))
     dtype = lower.dtype
     ends = (function(end.double()) for end in (lower, upper))
     slack = 2**-50 if dtype == torch.float64 else 2**-46
@@ -91,13 +104,21 @@ def single_minimum(function: Callable[[Tensor], Tensor], where: float, box: Box)
     """Of a function that falls before one point and rises after it."""
     lower, upper = to_ends(box, False)
     lowest = torch.minimum(torch.maximum(torch.full_like(lower, where), lower), upper)
-    return to_box(function(lowest), torch.maximum(function(lower), function(upper)), False)
+    ends = function(lower), function(upper)
+    least = torch.minimum(function(lowest), torch.minimum(*ends))
+    return to_box(least, torch.maximum(*ends), False)
+
+
+def _of_ends(one: Tensor, other: Tensor) -> Box:
+    """The box between two ends in whatever order."""
+    return Box(0.5 * one + 0.5 * other, (0.5 * other - 0.5 * one).abs())
 
 
 def average(function: Callable[[Tensor], Tensor], box: Box, sound: bool = False) -> Box:
     """Of sums and averages, which no weight is negative in."""
     if not sound:
-        return Box(function(box.center), function(box.radius))
+        # A divisor may be negative.
+        return Box(function(box.center), function(box.radius).abs())
     dtype, shape = box.center.dtype, box.center.shape
     center, radius = box.center.double(), box.radius.double()
     result = function(center)
@@ -106,6 +127,6 @@ def average(function: Callable[[Tensor], Tensor], box: Box, sound: bool = False)
     terms = center.numel() // shape[0] if per_sample else center.numel()
     relative, absolute = rounding_of(terms, torch.float64)
     covered = next_above(radius + next_above(relative * center.abs()))
-    grown = next_above(function(covered) + absolute)
+    grown = next_above(function(covered).abs() + absolute)
     made = Box(result, next_above(grown * (1 + 3 * relative)))
     return Box(*of_two(made, dtype, True))

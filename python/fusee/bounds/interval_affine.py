@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusee._checks import accumulate_dtype
+from fusee._checks import accumulate_dtype, check_floating, check_same_device
 from fusee._op import Op, batch_first
 from fusee._products import needed, of_wanted, vmap_by_reference
 from fusee.bounds.boxes import (
@@ -283,7 +283,11 @@ def check_channels(center: Tensor, values: dict[str, Tensor | None]) -> None:
             f"center must have at least two dimensions (batch, channels), got {tuple(center.shape)}"
         )
     for name, tensor in values.items():
-        if tensor is not None and tensor.shape != center.shape[1:2]:
+        if tensor is None:
+            continue
+        check_floating(name, tensor)
+        check_same_device(name, tensor, "center", center)
+        if tensor.shape != center.shape[1:2]:
             raise ValueError(
                 f"{name} must have shape ({center.shape[1]},), got {tuple(tensor.shape)}"
             )

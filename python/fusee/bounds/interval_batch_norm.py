@@ -41,7 +41,8 @@ def _sound_batch_norm(
     relu: bool,
 ) -> Box:
     """With what scale and shift may have lost: they are computed in float64 and rounded, so that a scale
-    is off by at most 8 units of its dtype, and a shift by 8 of |mean scale| + |bias|."""
+    is off by at most 8 units of its dtype, or by its smallest number, and a shift by 8 units of
+    |mean scale| + |bias|."""
     dtype = box.center.dtype
     unit = torch.finfo(accumulate_dtype(dtype)).eps / 2
     wide = [None if t is None else t.double() for t in (mean, var, weight, bias)]
@@ -57,6 +58,7 @@ def _sound_batch_norm(
     tiny = torch.finfo(dtype).tiny
     lost = (next_above((9 * unit * size).to(dtype)) + tiny).view(of_channels)
     grown = affine_box(Box(box.center, covered), scale.to(dtype), shift.to(dtype), False, True)
+    lost = next_above(lost + next_above(tiny * reach))
     radius = next_above(grown.radius * (1 + 16 * unit) + lost)
     return affine_box(Box(grown.center, next_above(radius)), None, None, relu, True)
 

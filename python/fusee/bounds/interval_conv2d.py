@@ -20,6 +20,10 @@ def convolve_box(
     """One of torch's convolutions of both center and radius. The magnitudes of a filter are small
     beside the two inputs, which share nothing: torch's own convolutions are as fast as can be. The bias
     and ReLU go over both results at once."""
+    if box.center.dim() == weight.dim() - 1:  # one image, without a batch
+        one = Box(*(part.unsqueeze(0) for part in box))
+        made = convolve_box(convolution, one, weight, bias, relu, options)
+        return Box(*(part.squeeze(0) for part in made))
     center, radius, weight, bias = autocast_product(*box, weight, bias)
     magnitudes = weight.abs()
     of_radius = convolution(radius, magnitudes, None, *options)
@@ -62,6 +66,12 @@ def _sound_conv2d(
     relu: bool,
 ) -> Box:
     """As a linear layer of patches: torch's convolutions do not say how they sum."""
+    if box.center.dim() == 3:  # one image, without a batch
+        one = Box(*(part.unsqueeze(0) for part in box))
+        made = _sound_conv2d(one, weight, bias, stride, padding, dilation, groups, relu)
+        return Box(*(part.squeeze(0) for part in made))
+    # Torch's own errors, of no images.
+    F.conv2d(box.center[:0].detach(), weight.detach(), None, stride, padding, dilation, groups)
     kernel, stride, dilation = weight.shape[2:], _pair(stride), _pair(dilation)
     reach = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
     if isinstance(padding, str):
@@ -100,8 +110,8 @@ def _sound_conv2d(
     if not outputs:
         empty = box.center.new_empty(0, height, width, weight.shape[0])
         outputs.append([empty + 0 * part.sum() for part in box])
-    made = (torch.cat(of_part) for of_part in zip(*outputs, strict=True))
-    return Box(*(part.permute(0, 3, 1, 2).contiguous() for part in made))
+    whole = (torch.cat(of_part) for of_part in zip(*outputs, strict=True))
+    return Box(*(part.permute(0, 3, 1, 2).contiguous() for part in whole))
 
 
 def _pair(value: Any) -> tuple[int, int]:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fusee._checks import (
+    accumulate_dtype,
     autocast_product,
     check_beside,
     check_floating,
@@ -21,7 +22,6 @@ from fusee.bounds.boxes import (
     box_relu_gradient,
     check_pair,
     check_radius,
-    in_accumulate_dtype,
     next_above,
     of_two,
     rounding_of,
@@ -53,17 +53,19 @@ def _reference(
 
 
 def _sound_product(center: Tensor, radius: Tensor, weight: Tensor, bias: Tensor | None) -> Box:
-    """The product with a radius that covers what any order of summation loses."""
-    center, radius, weight, bias = in_accumulate_dtype(center, radius, weight, bias)
-    relative, absolute = rounding_of(weight.shape[-1] + 2, weight.dtype)
+    """The product in float64, which neither autocast nor TF32 rounds, with a radius that covers what any
+    order of summation loses, in the accumulation dtype."""
+    wide = [part if part is None else part.double() for part in (center, radius, weight, bias)]
+    dtype = accumulate_dtype(center.dtype)
+    relative, absolute = rounding_of(weight.shape[-1] + 2, torch.float64)
+    center, radius, weight, bias = wide  # type: ignore[assignment]
     covered = next_above(radius + next_above(relative * center.abs()))
-    scale = 1 + 2 * relative * (1 + 2**-20)
-    grown = next_above(next_above(next_above(covered @ weight.abs().mT + absolute) * scale))
+    grown = next_above(next_above(covered @ weight.abs().mT + absolute) * (1 + 3 * relative))
     product = center @ weight.mT
-    if bias is None:
-        return Box(product, grown)
-    lost = next_above(relative * bias.abs()).unsqueeze(-2)
-    return Box(product + bias.unsqueeze(-2), next_above(grown + lost))
+    if bias is not None:
+        lost = next_above(relative * bias.abs()).unsqueeze(-2)
+        product, grown = product + bias.unsqueeze(-2), next_above(grown + lost)
+    return Box(*of_two(Box(product, grown), dtype, True))
 
 
 def _backward_reference(
@@ -251,6 +253,10 @@ def linear_box(
     center, radius = box
     if not sound:
         center, radius, weight, bias = autocast_product(center, radius, weight, bias)
+    if weight.dtype != center.dtype:
+        raise TypeError(
+            f"boxes must have the dtype of the layer {weight.dtype}, got {center.dtype}"
+        )
     shape, tf32 = center.shape, allows_tf32(center)
     result = _interval_linear(as_rows(center), as_rows(radius), weight, bias, relu, sound, tf32)
     if len(shape) == 2:

@@ -2,32 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
-import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
-from fusee._checks import check_floating
-from fusee.bounds.boxes import check_ends, check_pair, next_above, to_box, to_ends
-from fusee.bounds.interval_margins import check_targets, margins_of
-from fusee.bounds.interval_trace import Network, build
-from fusee.bounds.rules import linear_module
-
-
-class IntervalOutput(NamedTuple):
-    """What :meth:`IntervalModel.propagate` returns."""
-
-    lower: Tensor | None
-    """Lower ends of the outputs, or None where margins were asked for."""
-    upper: Tensor | None
-    """Upper ends, likewise."""
-    margins: Tensor | None
-    """Upper bounds of each class's output minus that of the target (batch, classes), where a target was
-    given; see :func:`fusee.interval_margins`."""
-    output: Tensor | None
-    """The model's output for ``input``, where that was given."""
-    before_relu: tuple[tuple[Tensor, Tensor], ...]
-    """``(center, radius)`` before each ReLU, where asked for."""
+from fusee.bounds.boxes import Box
+from fusee.bounds.interval_program import Programs
+from fusee.bounds.options import check_model
+from fusee.bounds.propagate import IntervalOutput, propagate
 
 
 class IntervalModel(nn.Module):
@@ -74,19 +56,19 @@ class IntervalModel(nn.Module):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+        check_model(model)
         self.model = model
-        self._network = network = Network(model)
-        # In a dictionary, so that their parameters are not registered again.
-        self._programs = {
-            (clean, collect): build(network, clean=clean, collect=collect)
-            for clean in (False, True)
-            for collect in (False, True)
-        }
+        # No module, so that the parameters are not registered again.
+        self._programs = Programs(model)
+        self._programs.build_all()
 
-    def __reduce__(self) -> Any:
-        return type(self), (self.model,)
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_programs"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._programs = Programs(self.model)
+        self._programs.build_all()
 
     def forward(
         self, lower: Tensor, upper: Tensor, *, input: Tensor | None = None, sound: bool = False
@@ -139,42 +121,9 @@ class IntervalModel(nn.Module):
     ) -> IntervalOutput:
         """All that one pass gives: the arguments of :meth:`forward` and :meth:`margins`, and
         ``before_relu``, whether to keep the boxes before each ReLU."""
-        check_pair("lower", lower, "upper", upper)
-        if sound and lower.dtype not in (torch.float32, torch.float64):
-            raise TypeError(f"sound bounds must be float32 or float64, got {lower.dtype}")
-        if input is not None:
-            check_floating("input", input)
-            if input.shape != lower.shape:
-                raise ValueError(
-                    f"input must have the shape of lower {tuple(lower.shape)}, got "
-                    f"{tuple(input.shape)}"
-                )
-        check_ends(lower, upper)
-        program: fx.GraphModule = self._programs[input is not None, before_relu]
-        points = () if input is None else (input,)
-        box, output, boxes = program(to_box(lower, upper, sound), sound, *points)
-        head: Any = self._network.last_layer()
-        kept = tuple((part.center, part.radius) for part in boxes)
-        if target is None:
-            ends = to_ends(box if head is None else linear_module(head, box, sound=sound), sound)
-            return IntervalOutput(*ends, None, output, kept)
-        if head is None:
-            margins = _of_ends(*to_ends(box, sound), target, sound)
-        else:
-            check_targets(target, box.center.shape[:-1], head.weight.shape[0])
-            margins = margins_of(box, head.weight, head.bias, target, sound)
-        return IntervalOutput(None, None, margins, output, kept)
-
-
-def _of_ends(lower: Tensor, upper: Tensor, target: Tensor, sound: bool) -> Tensor:
-    """The bounds of differences that follow from those of the outputs."""
-    if lower.dim() < 2:
-        raise ValueError(f"margins need outputs (..., classes), got shape {tuple(lower.shape)}")
-    check_targets(target, lower.shape[:-1], lower.shape[-1])
-    index = target.unsqueeze(-1)
-    margins = upper - lower.gather(-1, index)
-    margins = next_above(margins) if sound else margins
-    return margins.scatter(-1, index, 0.0)
+        return propagate(
+            self._programs, Box(lower, upper), target, input, before_relu=before_relu, sound=sound
+        )
 
 
 def interval_bounds(
@@ -215,5 +164,7 @@ def interval_bounds(
         >>> fusee.interval_bounds(model, torch.zeros(1, 2), torch.ones(1, 2))
         (tensor([[0., 0.]], grad_fn=...), tensor([[1., 2.]], grad_fn=...))
     """
-    made: tuple[Tensor, Tensor] = IntervalModel(model)(lower, upper, sound=sound)
-    return made
+    check_model(model)
+    made = propagate(Programs(model), Box(lower, upper), sound=sound)
+    assert made.lower is not None and made.upper is not None
+    return made.lower, made.upper

@@ -1,8 +1,9 @@
-"""From a network's graph to programs that compute with boxes."""
+"""The graph of a network: what depends on its input, what stays whole, and what has a rule."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import inspect
+import operator
 from typing import Any
 
 import torch
@@ -10,16 +11,24 @@ from torch import fx, nn
 
 from fusee.bounds import rules
 from fusee.bounds.boxes import Box
+from fusee.bounds.options import in_mode
+
+_SHAPE_METHODS = ("size", "dim", "numel", "is_floating_point")
+_SHAPE_ATTRIBUTES = ("shape", "ndim", "dtype", "device", "layout", "is_cuda", "requires_grad")
+_IN_PLACE = (
+    *(operator.iadd, operator.isub, operator.imul, operator.itruediv),
+    *(torch.relu_, torch.nn.functional.relu_),
+)
 
 
 class _Tracer(fx.Tracer):
     """Modules with a rule of their own stay whole."""
 
     def is_leaf_module(self, module: nn.Module, name: str) -> bool:
-        return _own_rule(module) is not None or super().is_leaf_module(module, name)
+        return own_rule(module) is not None or super().is_leaf_module(module, name)
 
 
-def _own_rule(module: nn.Module) -> rules.Rule | None:
+def own_rule(module: nn.Module) -> rules.Rule | None:
     """Of a module that says itself what it makes of a box, or of one that torch has."""
     if hasattr(module, "interval_forward"):
         return _interval_forward
@@ -29,7 +38,7 @@ def _own_rule(module: nn.Module) -> rules.Rule | None:
     return None
 
 
-def _interval_forward(module: Any, box: Box, sound: bool = False) -> Box:
+def _interval_forward(module: Any, box: Box, *, sound: bool = False) -> Box:
     return Box(*module.interval_forward(*box, sound=sound))
 
 
@@ -38,22 +47,31 @@ def _same_forward(kind: type, base: type) -> bool:
     return kind.forward is base.forward  # type: ignore[attr-defined]
 
 
-class Network:
-    """The graph of a network from one tensor to one tensor."""
+class _Root(nn.Module):
+    """Above the model, so that tensors of the model's own are a child's."""
 
     def __init__(self, model: nn.Module) -> None:
-        if _own_rule(model) is not None:
-            model = nn.Sequential(model)  # a tracer goes into what it is given
-        tracer = _Tracer()
-        try:
-            self.graph = tracer.trace(model)
-        except Exception as error:
-            raise ValueError(
-                f"{type(model).__name__} could not be traced with torch.fx: {error}"
-            ) from error
+        super().__init__()
         self.model = model
+
+
+class Network:
+    """The graph of a network from one tensor to one tensor, in training or in evaluation."""
+
+    def __init__(self, model: nn.Module, training: bool) -> None:
+        if own_rule(model) is not None:
+            model = nn.Sequential(model)  # a tracer goes into what it is given
+        with in_mode(model, training):
+            try:
+                self.graph = _Tracer().trace(model)
+            except Exception as error:
+                raise ValueError(
+                    f"{type(model).__name__} could not be traced with torch.fx: {error}"
+                ) from error
+        self.root = _Root(model)
         self.boxed = self._find_boxed()
         self.output = self._find_output()
+        self._check_writes()
         self.head = self._find_head()
 
     def _find_boxed(self) -> set[fx.Node]:
@@ -65,7 +83,7 @@ class Network:
         boxed = {needed[0]}
         for node in self.graph.nodes:
             depends = any(argument in boxed for argument in node.all_input_nodes)
-            if depends and not _is_plain(node):
+            if depends and node.op != "output" and not _is_of_shape(node):
                 boxed.add(node)
         return boxed
 
@@ -79,11 +97,51 @@ class Network:
     def _find_head(self) -> fx.Node | None:
         """The last layer, where it is linear."""
         node = self.output
-        of_module = node.op == "call_module" and isinstance(self.module(node), nn.Linear)
-        return node if of_module and len(node.users) == 1 else None
+        alone = node.op == "call_module" and len(node.users) == 1
+        return node if alone and self.rule(node) is rules.linear_module else None
+
+    def _check_writes(self) -> None:
+        """Raises where a tensor is used after it was written to under another name: rules compute
+        anew, and would give it as it was."""
+        order = {node: i for i, node in enumerate(self.graph.nodes)}
+        names: dict[fx.Node, list[fx.Node]] = {}
+        """The nodes that may share memory with a node, itself among them."""
+        for node in self.graph.nodes:
+            if node not in self.boxed:
+                continue
+            names[node] = [node]
+            written = self._writes(node)
+            if not (written or self._may_alias(node)):
+                continue
+            source = next(used for used in node.all_input_nodes if used in self.boxed)
+            if written:
+                for name in names[source]:
+                    for user in name.users:
+                        if order[user] > order[node]:
+                            raise NotImplementedError(
+                                f"no interval rule for node {node.name!r}, which writes to what node "
+                                f"{user.name!r} reads; let it return a new tensor"
+                            )
+            names[node] = names[source]
+            names[node].append(node)
+
+    def _writes(self, node: fx.Node) -> bool:
+        """Whether it changes its input."""
+        if node.op == "call_module":
+            return bool(getattr(self.module(node), "inplace", False))
+        if node.op == "call_method":
+            return str(node.target).endswith("_")
+        return node.target in _IN_PLACE or bool(_option(node, "inplace"))
+
+    def _may_alias(self, node: fx.Node) -> bool:
+        """Whether its result may be its input, or a part of it."""
+        try:
+            return self.rule(node) in rules.ALIASES
+        except NotImplementedError:
+            return False
 
     def module(self, node: fx.Node) -> nn.Module:
-        return self.model.get_submodule(str(node.target))
+        return self.root.model.get_submodule(str(node.target))
 
     def last_layer(self) -> nn.Module | None:
         return None if self.head is None else self.module(self.head)
@@ -92,8 +150,13 @@ class Network:
         """What a node makes of a box."""
         target: Any = node.target
         if node.op == "call_module":
-            found = _own_rule(self.module(node))
-            name = f"{type(self.module(node)).__name__} ({target})"
+            module = self.module(node)
+            found, name = own_rule(module), f"{type(module).__name__} ({target})"
+            if module._forward_pre_hooks or module._forward_hooks:
+                raise NotImplementedError(
+                    f"no interval rule for the hooks of {name}; torch.nn.utils.parametrizations has "
+                    "weight_norm and spectral_norm without, and prune.remove makes pruning permanent"
+                )
         elif node.op == "call_method":
             found, name = rules.METHODS.get(target), f"Tensor.{target}"
         else:
@@ -114,87 +177,21 @@ class Network:
         return rules.local_relu_module if found is rules.relu_module else found
 
     def is_relu(self, node: fx.Node) -> bool:
-        return self.rule(node) in (rules.relu, rules.relu_module)
+        return node in self.boxed and self.rule(node) in (rules.relu, rules.relu_module)
 
 
-def _is_plain(node: fx.Node) -> bool:
-    """Whether a node gives numbers about a tensor's shape, not a tensor."""
+def _option(node: fx.Node, name: str) -> Any:
+    """An argument of a function's call, by name or not; None where there is none."""
+    try:
+        names = list(inspect.signature(node.target).parameters)  # type: ignore[arg-type]
+    except (TypeError, ValueError):  # built in
+        return node.kwargs.get(name)
+    at = names.index(name) if name in names else len(node.args)
+    return node.args[at] if at < len(node.args) else node.kwargs.get(name)
+
+
+def _is_of_shape(node: fx.Node) -> bool:
+    """Whether a node tells of a tensor's shape or kind, not of its values."""
     if node.op == "call_method":
-        return node.target in ("size", "dim", "numel")
-    return node.op == "call_function" and node.target is getattr and node.args[1] not in ("T", "mT")
-
-
-def build(network: Network, *, clean: bool, collect: bool, local: bool = False) -> fx.GraphModule:
-    """A module that takes (box, sound), or (box, sound, input), and returns
-
-    - the box before the network's last layer where that is linear, else the box at its end;
-    - the network's output for the input where there is one (``clean``), else None;
-    - the boxes before each ReLU where asked (``collect``), else none.
-
-    ReLU is computed with the layer before it, unless its box is asked for. With ``clean`` batch norm
-    uses the statistics of the input in training. With ``local`` ReLU is the linear function that it is
-    at the center.
-    """
-    graph = fx.Graph()
-    box, sound = graph.placeholder("box"), graph.placeholder("sound")
-    boxes: dict[fx.Node, fx.Node] = {}
-    points: dict[fx.Node, fx.Node] = {}
-    plain: dict[fx.Node, fx.Node] = {}
-    before_relu: list[fx.Node] = []
-    fused: set[fx.Node] = set()
-    last = network.head.all_input_nodes[0] if network.head is not None else network.output
-
-    def argument(node: fx.Node) -> fx.Node:
-        return boxes[node] if node in boxes else plain[node]
-
-    for node in network.graph.nodes:
-        if node.op == "output":
-            continue
-        if node.op == "placeholder" and node in network.boxed:
-            boxes[node] = box
-            if clean:
-                points[node] = graph.placeholder("input")
-            continue
-        if node not in network.boxed:
-            if node.op == "placeholder":
-                # The default of an argument that the model is not given.
-                plain[node] = node.args[0]
-            elif any(used in boxes for used in node.all_input_nodes):
-                plain[node] = _of_shape(graph, node, argument)
-            else:
-                plain[node] = graph.node_copy(node, argument)
-            if clean:
-                points[node] = plain[node]
-            continue
-        if clean:
-            points[node] = graph.node_copy(node, points.__getitem__)
-        if node is network.head:
-            continue
-        if node in fused:
-            boxes[node] = boxes[node.all_input_nodes[0]]
-            continue
-        rule = network.local_rule(node) if local else network.rule(node)
-        args = fx.node.map_arg(node.args, argument)
-        named: dict[str, Any] = dict(fx.node.map_arg(node.kwargs, argument))
-        if node.op == "call_module":
-            args = (graph.get_attr(str(node.target)), *args)
-        if rule is rules.batch_norm_module and clean:
-            named["clean"] = points[node.all_input_nodes[0]]
-        following = next(iter(node.users))
-        alone = len(node.users) == 1 and following.op != "output" and not (collect or local)
-        if alone and rule in rules.WITH_RELU and network.is_relu(following):
-            named["relu"] = True
-            fused.add(following)
-        if network.is_relu(node) and collect:
-            before_relu.append(boxes[node.all_input_nodes[0]])
-        boxes[node] = graph.call_function(rule, args, {**named, "sound": sound})
-    graph.output((boxes[last], points[network.output] if clean else None, tuple(before_relu)))
-    return fx.GraphModule(network.model, graph)
-
-
-def _of_shape(graph: fx.Graph, node: fx.Node, argument: Callable[[fx.Node], fx.Node]) -> fx.Node:
-    """What a node says of the shape of a box's center."""
-    args = fx.node.map_arg(node.args, argument)
-    target = getattr if node.op == "call_function" else getattr(torch.Tensor, str(node.target))
-    center = graph.call_function(getattr, (args[0], "center"))
-    return graph.call_function(target, (center, *args[1:]), dict(node.kwargs))
+        return node.target in _SHAPE_METHODS
+    return node.target is getattr and node.args[1] in _SHAPE_ATTRIBUTES

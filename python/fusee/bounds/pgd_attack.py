@@ -12,7 +12,7 @@ from fusee._checks import accumulate_dtype, check_floating
 from fusee.bounds.boxes import check_ends, check_pair
 from fusee.bounds.interval_margins import check_targets
 from fusee.bounds.interval_model import IntervalModel
-from fusee.bounds.options import check_count, check_model, check_number, evaluating
+from fusee.bounds.options import check_count, check_model, check_number, in_mode
 
 
 def network_of(model: nn.Module) -> nn.Module:
@@ -113,7 +113,7 @@ def pgd_attack(
     lower, upper = lower.detach(), upper.detach()
     step = 1.25 * (upper - lower) / steps if step_size is None else step_size
     best = input.detach().clamp(lower, upper)
-    with evaluating(network), torch.no_grad():
+    with in_mode(network, False), torch.no_grad():
         output = network(best)
         check_outputs(output, len(input))
         check_targets(target, (len(input),), output.shape[1])

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from fusee._checks import check_beside, check_floating
 from fusee.bounds.boxes import Box, check_ends, check_pair, check_radius, in_accumulate_dtype
 from fusee.bounds.interval_margins import check_targets, margins_of
-from fusee.bounds.interval_trace import Network, build
-from fusee.bounds.options import evaluating
+from fusee.bounds.interval_program import build
+from fusee.bounds.interval_trace import Network
+from fusee.bounds.options import in_mode
 from fusee.bounds.pgd_attack import check_outputs, network_of
 
 _LEAST = 1e-8
@@ -39,9 +40,8 @@ def propagation_tightness(
     the usual initial weights τ falls with the width and exponentially with the depth, and training with
     boxes raises it.
 
-    The model runs in evaluation mode, and then each of its modules is in the mode that it had: batch
-    norm
-    has its running statistics. Biases do not matter.
+    The model runs in evaluation mode, with the running statistics of batch norm, and then each of its
+    modules is in the mode that it had. Biases do not matter.
 
     Args:
         model: a network whose output is (batch, classes), or a :class:`fusee.nn.IntervalModel` of one.
@@ -50,7 +50,7 @@ def propagation_tightness(
         target: the classes y (batch), int64.
         input: the points, of the shape and dtype of ``lower``. By default the centers of the boxes.
         create_graph: whether the result shall have a gradient in the parameters, to be raised by
-        training.
+            training.
 
     Returns:
         τ (batch, classes) of the dtype of the output. NaN at the target, so that a mean must be that of
@@ -86,8 +86,8 @@ def propagation_tightness(
         check_pair("lower", lower, "input", input)
     check_ends(lower, upper)
     radius = 0.5 * upper - 0.5 * lower
-    with evaluating(network), torch.enable_grad():
-        traced = Network(network)
+    with in_mode(network, False), torch.enable_grad():
+        traced = Network(network, training=False)
         program = build(traced, clean=False, collect=False, local=True)
         points = (0.5 * lower + 0.5 * upper if input is None else input).detach()
         points.requires_grad_()
@@ -99,7 +99,7 @@ def propagation_tightness(
         box, _, _ = torch.func.functional_call(
             program, parameters, (Box(points, radius), False), strict=False
         )
-        head: Any = None if traced.head is None else network.get_submodule(str(traced.head.target))
+        head: Any = traced.last_layer()
         output = box.center
         if head is not None:
             weight = head.weight if create_graph else head.weight.detach()
@@ -150,7 +150,7 @@ def linear_tightness(weights: Sequence[Tensor], radius: Tensor) -> Tensor:
     Raises:
         TypeError: an argument is not a dense floating-point tensor, or the dtypes differ.
         ValueError: shapes or devices do not fit, there is no weight, or a radius is negative or
-        infinite.
+            infinite.
 
     Differentiable in all tensors. Deterministic.
 

@@ -36,6 +36,8 @@ FUNCTIONS: dict[Any, Rule] = {}
 METHODS: dict[str, Rule] = {}
 WITH_RELU: set[Rule] = set()
 """The rules that take ``relu``."""
+ALIASES: set[Rule] = set()
+"""The rules of what may return its input, or a part of it, in the same memory."""
 CURVED: set[Rule] = set()
 """The rules of what is not linear, ReLU aside."""
 
@@ -59,7 +61,7 @@ def conv2d(
     return conv2d_box(box, weight, bias, *options, **named)
 
 
-def conv_module(module: Any, box: Box, relu: bool = False, sound: bool = False) -> Box:
+def conv_module(module: Any, box: Box, *, relu: bool = False, sound: bool = False) -> Box:
     padding = module.padding
     if module.padding_mode != "zeros":
         # Copies of what lies at the borders, of center and radius alike.
@@ -75,7 +77,11 @@ def conv_module(module: Any, box: Box, relu: bool = False, sound: bool = False) 
     return convolve_box(convolution, box, module.weight, module.bias, relu, options)
 
 
-def conv_transpose_module(module: Any, box: Box, relu: bool = False, sound: bool = False) -> Box:
+def conv_transpose_module(
+    module: Any, box: Box, output_size: Any = None, *, relu: bool = False, sound: bool = False
+) -> Box:
+    if output_size is not None:
+        raise NotImplementedError("no interval rule for a transposed convolution with output_size")
     if sound:
         raise no_sound_rule(type(module).__name__)
     one, two = isinstance(module, nn.ConvTranspose1d), isinstance(module, nn.ConvTranspose2d)
@@ -93,6 +99,7 @@ def conv_transpose_module(module: Any, box: Box, relu: bool = False, sound: bool
 def batch_norm_module(
     module: Any,
     box: Box,
+    *,
     clean: Tensor | None = None,
     relu: bool = False,
     sound: bool = False,
@@ -103,6 +110,8 @@ def batch_norm_module(
     if batch_statistics and not module.training and module.track_running_stats:
         raise ValueError("batch norm in eval mode has no running statistics")
     if batch_statistics:
+        if sound:
+            raise no_sound_rule("batch norm of a batch's own statistics")
         points = box.center if clean is None else clean
         if points.numel() // max(points.shape[1], 1) <= 1:
             raise ValueError(
@@ -132,21 +141,21 @@ WITH_RELU |= {linear, linear_module, conv2d, conv_module, conv_transpose_module,
 
 
 # --- activations ------------------------------------------------------------------------------------
-def relu(box: Box, inplace: bool = False, sound: bool = False) -> Box:
+def relu(box: Box, inplace: bool = False, *, sound: bool = False) -> Box:
     return affine_box(box, None, None, relu=True, sound=sound)
 
 
-def relu_module(module: nn.ReLU, box: Box, sound: bool = False) -> Box:
+def relu_module(module: nn.ReLU, box: Box, *, sound: bool = False) -> Box:
     return relu(box, sound=sound)
 
 
-def local_relu(box: Box, inplace: bool = False, sound: bool = False) -> Box:
+def local_relu(box: Box, inplace: bool = False, *, sound: bool = False) -> Box:
     """ReLU as the linear function that it is at the center."""
     active = box.center >= 0
     return Box(*(torch.where(active, part, 0) for part in box))
 
 
-def local_relu_module(module: nn.ReLU, box: Box, sound: bool = False) -> Box:
+def local_relu_module(module: nn.ReLU, box: Box, *, sound: bool = False) -> Box:
     return local_relu(box)
 
 
@@ -164,7 +173,7 @@ def _monotone_function(function: Any, exact: bool) -> Rule:
 
 
 def _monotone_module(exact: bool) -> Rule:
-    def rule(module: nn.Module, box: Box, sound: bool = False) -> Box:
+    def rule(module: nn.Module, box: Box, *, sound: bool = False) -> Box:
         if sound and not exact:
             raise no_sound_rule(type(module).__name__)
         if getattr(module, "inplace", False):
@@ -175,36 +184,68 @@ def _monotone_module(exact: bool) -> Rule:
     return rule
 
 
+def falling(what: str) -> NotImplementedError:
+    return NotImplementedError(f"no interval rule for {what}, with which the function falls")
+
+
 def leaky_relu(
-    box: Box, negative_slope: float = 0.01, inplace: bool = False, sound: bool = False
+    box: Box, negative_slope: float = 0.01, inplace: bool = False, *, sound: bool = False
 ) -> Box:
     if negative_slope < 0:
-        raise NotImplementedError("no interval rule for leaky_relu with a negative slope")
+        raise falling(f"leaky_relu with {negative_slope=}")
     return monotone(lambda x: F.leaky_relu(x, negative_slope), box, sound)
 
 
-def leaky_relu_module(module: nn.LeakyReLU, box: Box, sound: bool = False) -> Box:
-    return leaky_relu(box, module.negative_slope, sound=sound)
+def elu(box: Box, alpha: float = 1.0, inplace: bool = False, *, sound: bool = False) -> Box:
+    if alpha < 0:
+        raise falling(f"elu with {alpha=}")
+    return monotone(lambda x: F.elu(x, alpha), box, sound)
+
+
+def celu(box: Box, alpha: float = 1.0, inplace: bool = False, *, sound: bool = False) -> Box:
+    if sound:
+        raise no_sound_rule("celu")
+    if alpha < 0:
+        raise falling(f"celu with {alpha=}")
+    return monotone(lambda x: F.celu(x, alpha), box)
+
+
+def softplus(box: Box, beta: float = 1.0, threshold: float = 20.0, *, sound: bool = False) -> Box:
+    if sound:
+        raise no_sound_rule("softplus")
+    # It falls at the threshold, by log(1 + exp(-threshold)) / beta.
+    if beta <= 0 or threshold < 20:
+        raise falling(f"softplus with {beta=}, {threshold=}")
+    return monotone(lambda x: F.softplus(x, beta, threshold), box)
+
+
+def _of_options(rule: Rule, *names: str) -> Rule:
+    """The rule of a module with the options of a function."""
+
+    def of_module(module: nn.Module, box: Box, *, sound: bool = False) -> Box:
+        return rule(box, **{name: getattr(module, name) for name in names}, sound=sound)
+
+    return of_module
 
 
 MODULES[nn.ReLU] = relu_module
-MODULES[nn.LeakyReLU] = leaky_relu_module
-FUNCTIONS[F.leaky_relu] = leaky_relu
+MODULES[nn.LeakyReLU] = _of_options(leaky_relu, "negative_slope")
+MODULES[nn.ELU], MODULES[nn.CELU] = _of_options(elu, "alpha"), _of_options(celu, "alpha")
+MODULES[nn.Softplus] = _of_options(softplus, "beta", "threshold")
+FUNCTIONS.update({F.leaky_relu: leaky_relu, F.elu: elu, F.celu: celu, F.softplus: softplus})
 FUNCTIONS.update(dict.fromkeys((F.relu, torch.relu, F.relu_, torch.relu_), relu))
 METHODS["relu"] = METHODS["relu_"] = relu
 MODULES.update(
-    dict.fromkeys(
-        (nn.Sigmoid, nn.Tanh, nn.Hardtanh, nn.ReLU6, nn.ELU), _monotone_module(exact=True)
-    )
+    dict.fromkeys((nn.Sigmoid, nn.Tanh, nn.Hardtanh, nn.ReLU6), _monotone_module(exact=True))
 )
 MODULES.update(
     dict.fromkeys(
-        (nn.SELU, nn.CELU, nn.Softplus, nn.Hardsigmoid, nn.LogSigmoid, nn.Softsign),
+        (nn.SELU, nn.Hardsigmoid, nn.LogSigmoid, nn.Softsign),
         _monotone_module(exact=False),
     )
 )
-_exact = (torch.sigmoid, torch.tanh, F.hardtanh, F.relu6, F.elu)
-_inexact = (F.selu, F.celu, F.softplus, F.hardsigmoid, F.logsigmoid, F.softsign, torch.exp)
+_exact = (torch.sigmoid, torch.tanh, F.hardtanh, F.relu6)
+_inexact = (F.selu, F.hardsigmoid, F.logsigmoid, F.softsign, torch.exp)
 FUNCTIONS.update({f: _monotone_function(f, exact=True) for f in _exact})
 FUNCTIONS.update({f: _monotone_function(f, exact=False) for f in _inexact})
 for name in ("sigmoid", "tanh"):
@@ -233,7 +274,7 @@ def _single_minimum(function: Any, what: str) -> Rule:
 
 
 def _single_minimum_module(rule: Rule) -> Rule:
-    def of_module(module: nn.Module, box: Box, sound: bool = False) -> Box:
+    def of_module(module: nn.Module, box: Box, *, sound: bool = False) -> Box:
         return rule(box, sound=sound, approximate=getattr(module, "approximate", "none"))
 
     return of_module
@@ -249,17 +290,19 @@ CURVED -= {relu, relu_module, *WITH_RELU}
 
 
 # --- pooling ----------------------------------------------------------------------------------------
-def _ends_module(module: nn.Module, box: Box, sound: bool = False) -> Box:
+def _ends_module(module: nn.Module, box: Box, *, sound: bool = False) -> Box:
     """Largest values never fall, and none is computed."""
     return monotone(module, box, sound)
 
 
-def _average_module(module: nn.Module, box: Box, sound: bool = False) -> Box:
+def _average_module(module: nn.Module, box: Box, *, sound: bool = False) -> Box:
     return average(module, box, sound)
 
 
 def _average_function(function: Any) -> Rule:
     def rule(box: Box, *args: Any, sound: bool = False, **named: Any) -> Box:
+        if sound and named.get("dtype") is not None:
+            raise no_sound_rule(f"{function.__name__} in another dtype")
         return average(lambda x: function(x, *args, **named), box, sound)
 
     return rule
@@ -293,26 +336,35 @@ def _cast(function: Any) -> Rule:
     def rule(box: Box, *args: Any, sound: bool = False, **named: Any) -> Box:
         if sound:
             raise no_sound_rule(function.__name__)
-        return Box(*(function(part, *args, **named) for part in box))
+        made = Box(*(function(part, *args, **named) for part in box))
+        if not made.center.is_floating_point():
+            raise NotImplementedError(f"no interval rule for a cast to {made.center.dtype}")
+        return made
 
     return rule
 
 
-def _both_module(module: nn.Module, box: Box, sound: bool = False) -> Box:
+def _attribute(box: Box, name: str, *, sound: bool = False) -> Box:
+    if name not in ("T", "mT", "data"):
+        raise NotImplementedError(f"no interval rule for the attribute {name!r} of a tensor")
+    return Box(*(getattr(part, name) for part in box))
+
+
+def _both_module(module: nn.Module, box: Box, *, sound: bool = False) -> Box:
     return Box(*(module(part) for part in box))
 
 
-def concatenate(boxes: Any, dim: int = 0, sound: bool = False) -> Box:
+def concatenate(boxes: Any, dim: int = 0, *, sound: bool = False) -> Box:
     pairs = [box if isinstance(box, Box) else Box(box, torch.zeros_like(box)) for box in boxes]
     return Box(*(torch.cat(parts, dim) for parts in zip(*pairs, strict=True)))
 
 
-def dropout_module(module: Any, box: Box, sound: bool = False) -> Box:
+def dropout_module(module: Any, box: Box, *, sound: bool = False) -> Box:
     return dropout(box, module.p, module.training)
 
 
 def dropout(
-    box: Box, p: float = 0.5, training: bool = True, inplace: bool = False, sound: bool = False
+    box: Box, p: float = 0.5, training: bool = True, inplace: bool = False, *, sound: bool = False
 ) -> Box:
     if training and p > 0:
         raise NotImplementedError("no interval rule for dropout in training mode")
@@ -333,7 +385,12 @@ for name in ("view", "contiguous", "unflatten", "expand", "clone", "detach"):
 for name in ("to", "float", "double"):
     METHODS[name] = _cast(getattr(torch.Tensor, name))
 FUNCTIONS[operator.getitem] = _both(operator.getitem)
-FUNCTIONS[getattr] = _both(getattr)
+FUNCTIONS[getattr] = _attribute
+ALIASES |= {MODULES[kind] for kind in (nn.Flatten, nn.Dropout)} | {FUNCTIONS[F.dropout], _attribute}
+ALIASES |= {FUNCTIONS[operator.getitem], *(METHODS[name] for name in ("to", "float", "double"))}
+for name in ("flatten", "reshape", "squeeze", "unsqueeze", "permute", "transpose", "movedim"):
+    ALIASES |= {FUNCTIONS[getattr(torch, name)], METHODS[name]}
+ALIASES |= {METHODS[name] for name in ("view", "contiguous", "unflatten", "expand", "detach")}
 
 # --- arithmetic -------------------------------------------------------------------------------------
 FUNCTIONS.update(dict.fromkeys((operator.add, operator.iadd, torch.add), add))
@@ -341,5 +398,5 @@ FUNCTIONS.update(dict.fromkeys((operator.sub, operator.isub, torch.sub), subtrac
 FUNCTIONS.update(dict.fromkeys((operator.mul, operator.imul, torch.mul), multiply))
 FUNCTIONS.update(dict.fromkeys((operator.truediv, operator.itruediv, torch.div), divide))
 FUNCTIONS[operator.neg] = FUNCTIONS[torch.neg] = negate
-METHODS.update({"add": add, "add_": add, "sub": subtract, "mul": multiply, "div": divide})
-METHODS.update({"neg": negate})
+METHODS.update({"add": add, "sub": subtract, "mul": multiply, "div": divide, "neg": negate})
+METHODS.update({"add_": add, "sub_": subtract, "mul_": multiply, "div_": divide})

@@ -2,7 +2,7 @@
 
 from fusee.bounds.certify import CertificationReport, certify
 from fusee.bounds.interval_init import interval_init_
-from fusee.bounds.interval_model import IntervalModel, IntervalOutput
+from fusee.bounds.interval_model import IntervalModel
 from fusee.bounds.pgd_attack import pgd_attack
 from fusee.bounds.robust_cross_entropy import RobustCrossEntropyLoss
 from fusee.losses.linear_stablemax_cross_entropy import LinearStableMaxCrossEntropyLoss
