@@ -258,3 +258,38 @@ def test_a_box_of_another_dtype() -> None:
     net = fusee.nn.IntervalModel(nn.Linear(3, 2).double())
     with pytest.raises(TypeError, match="input must have the dtype of lower"):
         net.propagate(x, x, input=x.float())
+
+
+class Named(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.flatten(input=torch.sigmoid(input=x), start_dim=1)
+        return torch.cat(tensors=[x, torch.add(input=x, other=x)], dim=1)
+
+
+def test_arguments_by_name() -> None:
+    contained(Named(), 2, 3)
+
+
+def test_an_interval_model_of_an_interval_model() -> None:
+    model, x = nn.Linear(3, 2), torch.randn(4, 3)
+    net = fusee.nn.IntervalModel(model)
+    assert fusee.nn.IntervalModel(net).model is model
+    torch.testing.assert_close(fusee.interval_bounds(net, x, x), fusee.interval_bounds(model, x, x))
+
+
+class Single(nn.Module):
+    def interval_forward(self, center: Tensor, radius: Tensor, *, sound: bool) -> Any:
+        return center
+
+
+def test_what_is_no_box_is_refused() -> None:
+    x = torch.randn(4, 3, 2, 2)
+    with pytest.raises(
+        ValueError, match=r"Single.interval_forward must return a center and a radius"
+    ):
+        fusee.interval_bounds(nn.Sequential(Single()), x, x)
+    with pytest.raises(NotImplementedError, match="indices"):
+        fusee.interval_bounds(nn.Sequential(nn.MaxPool2d(2, return_indices=True)), x, x)
+    net = fusee.nn.IntervalModel(nn.Sequential(nn.Conv2d(3, 3, 1), nn.ReLU()))
+    with pytest.raises(ValueError, match=r"margins need outputs \(batch, classes\)"):
+        net.margins(x, x, torch.zeros(4, 3, 2, dtype=torch.int64))

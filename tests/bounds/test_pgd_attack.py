@@ -136,3 +136,29 @@ def test_errors(
 ) -> None:
     with pytest.raises(error, match=match):
         fusee.nn.pgd_attack(*arguments, **options)
+
+
+def test_a_point_that_is_read_wrong_comes_before_one_of_larger_loss() -> None:
+    """Two outputs just below the target's cost more than one just above it."""
+
+    class Table(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            near = torch.tensor([0.0, -0.01, -0.01]), torch.tensor([0.0, 0.1, -3.0])
+            return torch.where(x > 0.5, *near) + 0 * x
+
+    x, target = torch.full((8, 1), 0.4), torch.zeros(8, dtype=torch.int64)
+    found = fusee.nn.pgd_attack(Table(), x, target, x - 0.4, x + 0.6, restarts=4)
+    assert bool((found <= 0.5).all())
+
+
+def test_a_network_that_writes_to_its_input() -> None:
+    """What the loader gave stays as it is."""
+    model = torch.nn.Sequential(torch.nn.ReLU(inplace=True), torch.nn.Linear(3, 2))
+    x, target = torch.randn(6, 3), torch.randint(2, (6,))
+    before = x.clone()
+    fusee.nn.pgd_attack(model, x, target, x - 0.1, x + 0.1)
+    assert torch.equal(x, before)
+    given = (x + 3) / 6
+    before = given.clone()
+    fusee.nn.certify(model, [(given, target)], 0.1, minimum=-9, maximum=9, progress=False)
+    assert torch.equal(given, before)

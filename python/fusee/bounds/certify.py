@@ -16,7 +16,7 @@ from fusee.bounds.boxes import next_above, next_below
 from fusee.bounds.interval_margins import check_targets
 from fusee.bounds.interval_model import IntervalModel
 from fusee.bounds.options import check_count, check_model, check_number, in_mode
-from fusee.bounds.pgd_attack import check_outputs, pgd_attack
+from fusee.bounds.pgd_attack import check_outputs, pgd_attack, reads_right
 
 
 @dataclass(frozen=True)
@@ -75,12 +75,6 @@ class _Progress:
     def close(self) -> None:
         if self.width:
             print(file=sys.stderr)
-
-
-def _right(output: Tensor, target: Tensor) -> Tensor:
-    """Whether the target's output is above all others."""
-    below = output < output.gather(1, target.unsqueeze(1))
-    return below.sum(1) == output.shape[1] - 1
 
 
 def _ends(
@@ -176,7 +170,7 @@ def certify(
     samples = standard = adversarial = certified = 0
     line = _Progress(loader, progress)
     with in_mode(model, False), torch.no_grad():
-        net = model if isinstance(model, IntervalModel) else IntervalModel(model)
+        net = IntervalModel(model)
         for done, (input, target) in enumerate(loader, 1):
             check_floating("input", input)
             check_tensor("target", target)
@@ -187,10 +181,10 @@ def certify(
                     f"inputs must be in [{minimum}, {maximum}], got values from "
                     f"{input.min().item()} to {input.max().item()}"
                 )
-            output = net.model(input)
+            output = net.model(input.clone())  # which may write to it
             check_outputs(output, len(input))
             check_targets(target, (len(input),), output.shape[1])
-            right = _right(output, target)
+            right = reads_right(output, target)
             samples += len(input)
             if bool(right.any()):
                 standard += int(right.sum())
@@ -206,7 +200,7 @@ def certify(
                     restarts=restarts,
                     generator=generator,
                 )
-                holds = _right(net.model(found), y)
+                holds = reads_right(net.model(found.clone()), y)
                 below = net.margins(lower, upper, y, sound=sound) < 0
                 proven = holds & (below.sum(1) == output.shape[1] - 1)
                 adversarial += int(holds.sum())

@@ -95,9 +95,10 @@ def interval_init_(model: Model) -> Model:
         if is_lazy(weight):
             raise ValueError(f"{node.target} is not initialised: run the model on a batch first")
         layers[layer] = layers.get(layer, False) or _after_sum(network, node)
-    if calls:
-        del layers[network.module(calls[-1])]
+    last = network.module(calls[-1]).weight if calls else None
     for layer, halved in layers.items():
+        if layer.weight is last:  # or another layer that shares it
+            continue
         deviation = math.sqrt(2 * math.pi) / _fan_in(layer)
         drawn = cast(Tensor, layer.weight)
         nn.init.normal_(drawn, 0.0, deviation / 2 if halved else deviation)

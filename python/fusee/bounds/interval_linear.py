@@ -306,7 +306,7 @@ def interval_linear(
         bias: b (out), of that dtype.
         relu: whether ReLU follows.
         sound: whether to round outward, so that the exact image of the box is contained: the radius
-            grows by what the sums may have lost, at most (in + 5) units of rounding of \|W\| (\|μ\| +
+            grows by what the sums may have lost, at most (in + 11) units of rounding of \|W\| (\|μ\| +
             2r) + \|b\|, and less in most engines. By default results have the error of a matrix product,
             and may cut off as much. TF32 and autocast do not apply to a sound layer.
 

@@ -57,9 +57,9 @@ class IntervalModel(nn.Module):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         check_model(model)
-        self.model = model
+        self.model: nn.Module = model.model if isinstance(model, IntervalModel) else model
         # No module, so that the parameters are not registered again.
-        self._programs = Programs(model)
+        self._programs = Programs(self.model)
         self._programs.build_all()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -165,6 +165,8 @@ def interval_bounds(
         (tensor([[0., 0.]], grad_fn=...), tensor([[1., 2.]], grad_fn=...))
     """
     check_model(model)
+    if isinstance(model, IntervalModel):
+        return model.forward(lower, upper, sound=sound)
     made = propagate(Programs(model), Box(lower, upper), sound=sound)
     assert made.lower is not None and made.upper is not None
     return made.lower, made.upper

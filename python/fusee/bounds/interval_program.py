@@ -61,6 +61,9 @@ def build(network: Network, *, clean: bool, collect: bool, local: bool = False) 
         rule = network.local_rule(node) if local else network.rule(node)
         args = fx.node.map_arg(node.args, argument)
         named: dict[str, Any] = dict(fx.node.map_arg(node.kwargs, argument))
+        for name in ("input", "tensors"):
+            if name in named:
+                args = (named.pop(name), *args)
         if node.op == "call_module":
             args = (graph.get_attr(_MODEL + str(node.target)), *args)
         if rule is rules.batch_norm_module and clean:

@@ -39,7 +39,12 @@ def own_rule(module: nn.Module) -> rules.Rule | None:
 
 
 def _interval_forward(module: Any, box: Box, *, sound: bool = False) -> Box:
-    return Box(*module.interval_forward(*box, sound=sound))
+    made = module.interval_forward(*box, sound=sound)
+    if not (isinstance(made, tuple) and len(made) == 2 and made[0].shape == made[1].shape):
+        raise ValueError(
+            f"{type(module).__name__}.interval_forward must return a center and a radius of one shape"
+        )
+    return Box(*made)
 
 
 def _same_forward(kind: type, base: type) -> bool:

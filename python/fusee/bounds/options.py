@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from numbers import Real
 from typing import Any
 
 from torch import nn
@@ -13,11 +14,12 @@ REDUCTIONS = ("none", "mean", "sum")
 
 def check_number(name: str, value: Any, low: float, high: float) -> float:
     """A plain number in [low, high]."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-    if not low <= value <= high:
+    number = float(value)
+    if not low <= number <= high:
         raise ValueError(f"{name} must be in [{low}, {high}], got {value}")
-    return float(value)
+    return number
 
 
 def check_count(name: str, value: Any) -> int:

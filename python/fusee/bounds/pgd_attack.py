@@ -31,20 +31,32 @@ def _losses(output: Tensor, target: Tensor) -> Tensor:
     return F.cross_entropy(output.to(accumulate_dtype(output.dtype)), target, reduction="none")
 
 
-def _losses_and_slope(network: nn.Module, points: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """The loss of each sample, and its gradient in the sample."""
-    with torch.enable_grad():
-        points = points.detach().requires_grad_()
-        losses = _losses(network(points), target)
-        (slope,) = torch.autograd.grad(losses.sum(), points)
-    return losses.detach(), slope
+def reads_right(output: Tensor, target: Tensor) -> Tensor:
+    """Whether the target's output is above all others."""
+    below = output < output.gather(1, target.unsqueeze(1))
+    return below.sum(1) == output.shape[1] - 1
 
 
-def _worst(most: Tensor, best: Tensor, losses: Tensor, points: Tensor) -> tuple[Tensor, Tensor]:
-    """The larger loss of each sample, and its point."""
-    worse = losses > most
-    of_sample = worse.reshape(-1, *(1,) * (points.dim() - 1))
-    return torch.where(worse, losses, most), torch.where(of_sample, points, best)
+class _Worst:
+    """The worst point met of each sample: one that is read wrong before one that is not, and then by
+    its loss."""
+
+    def __init__(self, points: Tensor) -> None:
+        self.points = points
+        self.loss = torch.full((len(points),), -inf, device=points.device)
+        self.wrong = torch.zeros(len(points), dtype=torch.bool, device=points.device)
+
+    def meet(self, points: Tensor, output: Tensor, target: Tensor) -> Tensor:
+        """Keeps the worse of each; returns the losses."""
+        losses = _losses(output, target)
+        found = losses.detach()
+        wrong = ~reads_right(output.detach(), target)
+        worse = (wrong & ~self.wrong) | ((wrong == self.wrong) & (found > self.loss))
+        of_sample = worse.reshape(-1, *(1,) * (points.dim() - 1))
+        self.points = torch.where(of_sample, points.detach(), self.points)
+        self.loss = torch.where(worse, found, self.loss)
+        self.wrong = self.wrong | wrong
+        return losses
 
 
 def pgd_attack(
@@ -63,8 +75,8 @@ def pgd_attack(
 
     .. math:: x \leftarrow \min(\max(x + \alpha \operatorname{sign} \nabla_x \ell(x), l), u)
 
-    Each restart begins at a random point of the box. Returned is, for each sample, the point of largest
-    loss among all that were met, ``input`` too.
+    Each restart begins at a random point of the box. Returned is, for each sample, the worst among all
+    points that were met, ``input`` too: the one of largest loss of those that are read wrong, or of all.
 
     The model runs in evaluation mode, and then each of its modules is in the mode that it had.
     Statistics of batch norm and the gradients of parameters are not touched.
@@ -112,20 +124,23 @@ def pgd_attack(
     check_ends(lower, upper)
     lower, upper = lower.detach(), upper.detach()
     step = 1.25 * (upper - lower) / steps if step_size is None else step_size
-    best = input.detach().clamp(lower, upper)
+    start = input.detach().clamp(lower, upper)
+    worst = _Worst(start)
     with in_mode(network, False), torch.no_grad():
-        output = network(best)
+        output = network(start.clone())  # which may write to it
         check_outputs(output, len(input))
         check_targets(target, (len(input),), output.shape[1])
-        most = _losses(output, target)
+        worst.meet(start, output, target)
         for _ in range(restarts):
             noise = torch.rand(
                 input.shape, generator=generator, dtype=input.dtype, device=input.device
             )
             points = (lower + noise * (upper - lower)).clamp(lower, upper)
             for _ in range(steps):
-                losses, slope = _losses_and_slope(network, points, target)
-                most, best = _worst(most, best, losses, points)
-                points = (points + step * slope.sign()).clamp(lower, upper)
-            most, best = _worst(most, best, _losses(network(points), target), points)
-    return best
+                with torch.enable_grad():
+                    points.requires_grad_()
+                    losses = worst.meet(points, network(points.clone()), target)
+                    (slope,) = torch.autograd.grad(losses.sum(), points)
+                points = (points.detach() + step * slope.sign()).clamp(lower, upper)
+            worst.meet(points, network(points.clone()), target)
+    return worst.points

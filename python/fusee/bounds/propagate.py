@@ -57,15 +57,16 @@ def propagate(
     if head is None:
         margins = _of_ends(*to_ends(box, sound), target, sound)
     else:
-        check_targets(target, box.center.shape[:-1], head.weight.shape[0])
-        margins = margins_of(box, head.weight, head.bias, target, sound)
+        weight = head.weight  # once, as a parametrisation may compute it
+        check_targets(target, box.center.shape[:-1], weight.shape[0])
+        margins = margins_of(box, weight, head.bias, target, sound)
     return IntervalOutput(None, None, margins, output, kept)
 
 
 def _of_ends(lower: Tensor, upper: Tensor, target: Tensor, sound: bool) -> Tensor:
     """The bounds of differences that follow from those of the outputs."""
-    if lower.dim() < 2:
-        raise ValueError(f"margins need outputs (..., classes), got shape {tuple(lower.shape)}")
+    if lower.dim() != 2:
+        raise ValueError(f"margins need outputs (batch, classes), got shape {tuple(lower.shape)}")
     check_targets(target, lower.shape[:-1], lower.shape[-1])
     index = target.unsqueeze(-1)
     margins = upper - lower.gather(-1, index)

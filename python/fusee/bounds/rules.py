@@ -176,9 +176,6 @@ def _monotone_module(exact: bool) -> Rule:
     def rule(module: nn.Module, box: Box, *, sound: bool = False) -> Box:
         if sound and not exact:
             raise no_sound_rule(type(module).__name__)
-        if getattr(module, "inplace", False):
-            # What the module writes to would be an end of its own.
-            box = Box(box.center.clone(), box.radius.clone())
         return monotone(module, box, sound)
 
     return rule
@@ -292,6 +289,8 @@ CURVED -= {relu, relu_module, *WITH_RELU}
 # --- pooling ----------------------------------------------------------------------------------------
 def _ends_module(module: nn.Module, box: Box, *, sound: bool = False) -> Box:
     """Largest values never fall, and none is computed."""
+    if getattr(module, "return_indices", False):
+        raise NotImplementedError("no interval rule for the indices of largest values")
     return monotone(module, box, sound)
 
 
