@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tests.bounds.networks import Residual, fully_connected, settled, three_networks
+from tests.bounds.networks import Residual, fully_connected, three_networks
 
 NETWORKS = three_networks()
 
@@ -33,15 +33,12 @@ def test_sampled_points_lie_within(name: str, sound: bool, total: int) -> None:
     with torch.no_grad():
         lower, upper = fusee.interval_bounds(model, center - radius, center + radius, sound=sound)
     slack = 0.0 if sound else 1e-5 * float(upper.abs().max() + lower.abs().max())
-    closest = torch.inf
     with torch.no_grad():
         for i in range(total // batch):
             within = 2 * torch.rand(batch, *shape, generator=generator) - 1
             points = center + radius * (within.sign() if i % 4 == 0 else within)
             output = model(points.clamp(center - radius, center + radius))
             assert bool((output >= lower - slack).all() and (output <= upper + slack).all())
-            closest = min(closest, float((upper - output).min()))
-    assert closest < float((upper - lower).max())
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -384,4 +381,3 @@ def test_batch_norm_without_statistics() -> None:
         fusee.interval_bounds(nn.Sequential(nn.BatchNorm1d(3)), x[:1], x[:1])
     with pytest.raises(NotImplementedError, match="dropout"):
         fusee.interval_bounds(nn.Sequential(nn.Dropout(0.5)), x, x)
-    settled(nn.Sequential(nn.BatchNorm2d(3)), 3, 2, 2)

@@ -38,6 +38,12 @@ class Skip(nn.Module):
         return self.last(self.write(x)) + x
 
 
+def add_in_place(x: Tensor) -> Tensor:
+    y = x
+    y += 1.0
+    return y
+
+
 def view_first(x: Tensor) -> Tensor:
     y = x.view(-1, 3)
     F.relu_(x)
@@ -56,6 +62,7 @@ def view_first(x: Tensor) -> Tensor:
         lambda x: x.add_(1.0),
         lambda x: F.relu_(x.view(-1, 3)),
         view_first,
+        add_in_place,
     ],
 )
 def test_a_tensor_that_is_read_after_it_was_written_to(write: Any) -> None:
@@ -126,7 +133,7 @@ class Normalise(nn.Module):
         self.scale = nn.Parameter(torch.ones(3))
 
     def forward(self, x: Tensor) -> Tensor:
-        return (x - self.mean) * self.scale
+        return (x - self.mean.view(1, 3)) * (1 / self.scale)[None]
 
 
 @pytest.mark.parametrize("nested", [False, True])
@@ -185,6 +192,40 @@ def test_the_mode_of_the_moment_counts() -> None:
 def test_functions_that_fall(model: nn.Module, match: str) -> None:
     with pytest.raises(NotImplementedError, match=match):
         contained(model, 3)
+
+
+class Noisy(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.dropout(x, 0.5, self.training)
+
+
+def test_a_module_in_a_mode_of_its_own() -> None:
+    model = nn.Sequential(nn.Linear(3, 3), Noisy())
+    net, x = fusee.nn.IntervalModel(model), torch.randn(2, 3)
+    model.eval()
+    torch.testing.assert_close(net(x, x)[0], model(x))
+    model[1].train()
+    with pytest.raises(NotImplementedError, match="dropout in training mode"):
+        net(x, x)
+
+
+def test_nothing_is_left_in_the_model() -> None:
+    norm = Normalise()
+    before = set(vars(norm)) | set(norm.state_dict())
+    fusee.interval_bounds(norm, torch.rand(2, 3), torch.rand(2, 3) + 1)
+    assert set(vars(norm)) | set(norm.state_dict()) == before
+
+
+@pytest.mark.skipif(not torch.backends.nnpack.is_available(), reason="no NNPACK in this torch")  # type: ignore[attr-defined]
+def test_convolutions_by_transforms() -> None:
+    """Winograd's make small negative numbers of sums of positive ones."""
+    model = nn.Sequential(nn.Conv2d(16, 32, 3, padding=1), nn.Conv2d(32, 16, 3, padding=1))
+    x = torch.randn(17, 16, 16, 16)
+    eps = torch.zeros_like(x)
+    eps[:, :, ::5, ::5] = 1e-3
+    with torch.backends.mkldnn.flags(enabled=False):
+        lower, upper = fusee.interval_bounds(model, x - eps, x + eps)
+    assert bool((lower <= upper).all())
 
 
 class Attribute(nn.Module):

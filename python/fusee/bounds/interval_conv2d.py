@@ -26,7 +26,8 @@ def convolve_box(
         return Box(*(part.squeeze(0) for part in made))
     center, radius, weight, bias = autocast_product(*box, weight, bias)
     magnitudes = weight.abs()
-    of_radius = convolution(radius, magnitudes, None, *options)
+    # Not all algorithms for convolutions keep positive sums positive.
+    of_radius = convolution(radius, magnitudes, None, *options).clamp(min=0)
     if not relu:
         return Box(convolution(center, weight, bias, *options), of_radius)
     of_center = convolution(center, weight, None, *options)

@@ -78,7 +78,7 @@ def interval_init_(model: Model) -> Model:
         2.0
     """
     check_model(model)
-    network = Network(model, model.training)
+    network = Network(model)
     calls = [
         node
         for node in network.graph.nodes

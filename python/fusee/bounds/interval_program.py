@@ -9,7 +9,8 @@ import torch
 from torch import fx, nn
 
 from fusee.bounds import rules
-from fusee.bounds.interval_trace import Network
+from fusee.bounds.interval_trace import Network, traced_through
+from fusee.bounds.options import in_mode
 
 _MODEL = "model."
 """Where the model is below the root of a program."""
@@ -115,31 +116,31 @@ class Programs:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self._networks: dict[bool, Network] = {}
+        self._sources = traced_through(model)
+        self._networks: dict[tuple[bool, ...], Network] = {}
         self._programs: dict[tuple[int, bool, bool], fx.GraphModule] = {}
 
-    def network(self, training: bool) -> Network:
-        """The model's graph in a mode; where both modes have one graph, it is the same."""
-        if training not in self._networks:
-            made = Network(self.model, training)
-            other = self._networks.get(not training)
-            same = other is not None and str(other.graph) == str(made.graph)
-            self._networks[training] = other if same and other is not None else made
-        return self._networks[training]
+    def network(self) -> Network:
+        """The model's graph in the modes that its modules are in; equal graphs are one."""
+        modes = tuple([module.training for module in self._sources])
+        if modes not in self._networks:
+            made = Network(self.model)
+            known = [n for n in self._networks.values() if str(n.graph) == str(made.graph)]
+            self._networks[modes] = known[0] if known else made
+        return self._networks[modes]
 
     def program(self, *, clean: bool, collect: bool) -> fx.GraphModule:
-        """For the mode that the model is in."""
-        network = self.network(self.model.training)
+        """One of :func:`build`."""
+        network = self.network()
         key = (id(network), clean, collect)
         if key not in self._programs:
             self._programs[key] = build(network, clean=clean, collect=collect)
         return self._programs[key]
 
     def build_all(self) -> None:
-        """Builds them all, so that a compiler finds them."""
-        for network in (self.network(True), self.network(False)):
-            for clean in (False, True):
-                for collect in (False, True):
-                    key = (id(network), clean, collect)
-                    if key not in self._programs:
-                        self._programs[key] = build(network, clean=clean, collect=collect)
+        """Builds them all for training and for evaluation, so that a compiler finds them."""
+        for training in (False, True):
+            with in_mode(self.model, training):
+                for clean in (False, True):
+                    for collect in (False, True):
+                        self.program(clean=clean, collect=collect)

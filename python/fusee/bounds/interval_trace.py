@@ -10,8 +10,7 @@ import torch
 from torch import fx, nn
 
 from fusee.bounds import rules
-from fusee.bounds.boxes import Box
-from fusee.bounds.options import in_mode
+from fusee.bounds.boxes import Box, checked_box
 
 _SHAPE_METHODS = ("size", "dim", "numel", "is_floating_point")
 _SHAPE_ATTRIBUTES = ("shape", "ndim", "dtype", "device", "layout", "is_cuda", "requires_grad")
@@ -21,8 +20,32 @@ _IN_PLACE = (
 )
 
 
+class _Proxy(fx.Proxy):
+    """One that tells ``y += z``, which writes to a tensor, from ``y = y + z``."""
+
+    def _write(self, function: Any, other: Any) -> Any:
+        return self.tracer.create_proxy("call_function", function, (self, other), {})
+
+    def __iadd__(self, other: Any) -> Any:
+        return self._write(operator.iadd, other)
+
+    def __isub__(self, other: Any) -> Any:
+        return self._write(operator.isub, other)
+
+    def __imul__(self, other: Any) -> Any:
+        return self._write(operator.imul, other)
+
+    def __itruediv__(self, other: Any) -> Any:
+        return self._write(operator.itruediv, other)
+
+
 class _Tracer(fx.Tracer):
-    """Modules with a rule of their own stay whole."""
+    """Modules with a rule of their own stay whole, and buffers are read at each run."""
+
+    proxy_buffer_attributes = True
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Proxy(node, self)
 
     def is_leaf_module(self, module: nn.Module, name: str) -> bool:
         return own_rule(module) is not None or super().is_leaf_module(module, name)
@@ -44,7 +67,7 @@ def _interval_forward(module: Any, box: Box, *, sound: bool = False) -> Box:
         raise ValueError(
             f"{type(module).__name__}.interval_forward must return a center and a radius of one shape"
         )
-    return Box(*made)
+    return checked_box(*made)
 
 
 def _same_forward(kind: type, base: type) -> bool:
@@ -60,19 +83,25 @@ class _Root(nn.Module):
         self.model = model
 
 
-class Network:
-    """The graph of a network from one tensor to one tensor, in training or in evaluation."""
+def traced_through(model: nn.Module) -> list[nn.Module]:
+    """The modules whose own code makes the graph."""
+    tracer = _Tracer()
+    return [m for name, m in model.named_modules() if not tracer.is_leaf_module(m, name)]
 
-    def __init__(self, model: nn.Module, training: bool) -> None:
+
+class Network:
+    """The graph of a network from one tensor to one tensor, in the modes that its modules are in."""
+
+    def __init__(self, model: nn.Module) -> None:
         if own_rule(model) is not None:
-            model = nn.Sequential(model)  # a tracer goes into what it is given
-        with in_mode(model, training):
-            try:
-                self.graph = _Tracer().trace(model)
-            except Exception as error:
-                raise ValueError(
-                    f"{type(model).__name__} could not be traced with torch.fx: {error}"
-                ) from error
+            # A tracer goes into what it is given.
+            model = nn.Sequential(model).train(model.training)
+        try:
+            self.graph = _Tracer().trace(model)
+        except Exception as error:
+            raise ValueError(
+                f"{type(model).__name__} could not be traced with torch.fx: {error}"
+            ) from error
         self.root = _Root(model)
         self.boxed = self._find_boxed()
         self.output = self._find_output()

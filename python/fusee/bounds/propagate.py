@@ -49,7 +49,7 @@ def propagate(
     program = programs.program(clean=input is not None, collect=before_relu)
     points = () if input is None else (input,)
     box, output, boxes = program(to_box(lower, upper, sound), sound, *points)
-    head: Any = programs.network(programs.model.training).last_layer()
+    head: Any = programs.network().last_layer()
     kept = tuple((part.center, part.radius) for part in boxes)
     if target is None:
         last = box if head is None else linear_module(head, box, sound=sound)

@@ -87,7 +87,7 @@ def propagation_tightness(
     check_ends(lower, upper)
     radius = 0.5 * upper - 0.5 * lower
     with in_mode(network, False), torch.enable_grad():
-        traced = Network(network, training=False)
+        traced = Network(network)
         program = build(traced, clean=False, collect=False, local=True)
         points = (0.5 * lower + 0.5 * upper if input is None else input).detach()
         points.requires_grad_()

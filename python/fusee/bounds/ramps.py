@@ -57,7 +57,7 @@ class LinearRamp:
         if step <= self.first_step:
             return float(self.start)
         share = self._share((step - self.first_step) / (self.last_step - self.first_step))
-        return self.start + (self.end - self.start) * share
+        return float(self.start + (self.end - self.start) * share)
 
     def _share(self, done: float) -> float:
         """Of the way from start to end, after so much of the ramp."""

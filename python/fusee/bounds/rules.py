@@ -119,7 +119,10 @@ def batch_norm_module(
                 f"{tuple(points.shape)}"
             )
         dims = [d for d in range(points.dim()) if d != 1]
-        var, mean = torch.var_mean(points, dims, correction=0)
+        # In two steps, which torch computes several times as fast as torch.var_mean.
+        mean = points.mean(dims)
+        shape = [-1 if d == 1 else 1 for d in range(points.dim())]
+        var = (points - mean.view(shape)).square().mean(dims)
     else:
         mean, var = module.running_mean, module.running_var
     return batch_norm_box(box, mean, var, module.weight, module.bias, module.eps, relu, sound)
@@ -353,7 +356,8 @@ def _both_module(module: nn.Module, box: Box, *, sound: bool = False) -> Box:
     return Box(*(module(part) for part in box))
 
 
-def concatenate(boxes: Any, dim: int = 0, *, sound: bool = False) -> Box:
+def concatenate(boxes: Any, dim: int = 0, *, axis: int | None = None, sound: bool = False) -> Box:
+    dim = dim if axis is None else axis
     pairs = [box if isinstance(box, Box) else Box(box, torch.zeros_like(box)) for box in boxes]
     return Box(*(torch.cat(parts, dim) for parts in zip(*pairs, strict=True)))
 
