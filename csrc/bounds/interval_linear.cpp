@@ -3,6 +3,7 @@
 #include "bounds/boxes_cpu.h"
 #include "bounds/dual_dots_cpu.h"
 #include "bounds/dual_product_cpu.h"
+#include "bounds/signed_product_cpu.h"
 #include "core/ahead_cpu.h"
 
 namespace fusee {
@@ -150,20 +151,6 @@ Pieces part_of(const T* matrix, int64_t width, int64_t row, int64_t rows, int64_
   return {matrix + row * width + column, rows, width * kSize, 1, 0, columns * kSize};
 }
 
-// center + sign(weight) radius.
-template <typename T, typename A>
-void add_signed(const A* center, const A* radius, const T* weight, int64_t count, T* to) {
-  constexpr int64_t n = kLanes<A>;
-  const auto sum = [&](int64_t c, const Vector<A>& w) {
-    const Vector<A> zero{}, one = zero + A(1);
-    const Vector<A> sign = w > zero ? one : (w < zero ? -one : zero);
-    return load_vector(center + c) + sign * load_vector(radius + c);
-  };
-  int64_t c = 0;
-  for (; c + n <= count; c += n) store_vector<T>(sum(c, load_vector(weight + c)), to + c);
-  if (c < count) store_part<T>(sum(c, load_part(weight + c, count - c)), to + c, count - c);
-}
-
 template <typename T>
 struct Gradients {
   using A = accumulate_t<T>;
@@ -197,6 +184,9 @@ struct Gradients {
   void of_weight(T* to) const {
     const int64_t rows = call.rows, in = call.in, out = call.out;
     const T* const w = data<T>(call.weight);
+    if (rows <= kSignedDepth)
+      return signed_products<T>(grads, {data<T>(call.center), data<T>(call.radius)}, rows,
+                                {w, to, in, out, in});
     const Turned<A> turned[2] = {{grads.row(0, 0), grads.stride(), rows, out},
                                  {grads.row(1, 0), grads.stride(), rows, out}};
     dual_product<A, false>(

@@ -155,6 +155,9 @@ class Shapes(nn.Module):
         x = x.reshape(x.shape[0], -1).contiguous().clone()
         x = torch.flatten(x.transpose(0, 1), 0).unflatten(0, (4, -1)).squeeze().T
         x = -x * 2.0 + 1.0 - x / 4.0
+        first, second = torch.chunk(x, 2, 1)
+        x = torch.stack([first, second], 1).flatten(1) + torch.cat([x.split(2, 1)[1], first], 1)
+        x = F.pad(x, (1, 0), value=2.0)[:, 1:]
         x = 3.0 - x
         return x.sum(-1, keepdim=True) + x.mean(1, keepdim=True) + x
 

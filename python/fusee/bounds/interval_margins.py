@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fusee._checks import autocast_product, check_tensor, require_values
-from fusee._op import Op
+from fusee._op import Op, batch_first
 from fusee._products import as_rows, needed, of_wanted, vmap_by_reference
 from fusee.bounds.boxes import Box, check_radius, in_accumulate_dtype, next_above, rounding_of
 from fusee.bounds.interval_linear import check_layer
@@ -115,6 +115,30 @@ def _backward_fake(
     return one, two, three, four
 
 
+def _vmap(
+    info: Any,
+    in_dims: Any,
+    center: Tensor,
+    radius: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    sound: bool,
+) -> Any:
+    """Boxes and targets of a batch are more rows."""
+    if in_dims[2] is not None or in_dims[3] is not None:
+        others = (weight, bias, target, sound)
+        return _of_batched_weights(info, in_dims, center, radius, *others)
+    of_rows = (in_dims[0], in_dims[1], in_dims[4])
+    batched = batch_first(info, of_rows, (center, radius, target))
+    rows = [tensor.flatten(0, 1) for tensor in batched]
+    output = torch.ops.fusee.interval_margins(*rows[:2], weight, bias, rows[2], sound)
+    return output.unflatten(0, batched[0].shape[:2]), 0
+
+
+_of_batched_weights = vmap_by_reference(_reference)
+
+
 def _sharding(
     center: Any, radius: Any, weight: Any, bias: Any, target: Any, sound: bool
 ) -> list[Any]:
@@ -151,7 +175,7 @@ _interval_margins = Op(
     "interval_margins",
     fake=_fake,
     reference=_reference,
-    vmap=vmap_by_reference(_reference),
+    vmap=_vmap,
     differentiable=((0, 1, 2, 3), (0,)),
     backward=_backward,
     sharding=_sharding,

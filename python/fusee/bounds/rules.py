@@ -362,6 +362,23 @@ def concatenate(boxes: Any, dim: int = 0, *, axis: int | None = None, sound: boo
     return Box(*(torch.cat(parts, dim) for parts in zip(*pairs, strict=True)))
 
 
+def stack(boxes: Any, dim: int = 0, *, sound: bool = False) -> Box:
+    pairs = [box if isinstance(box, Box) else Box(box, torch.zeros_like(box)) for box in boxes]
+    return Box(*(torch.stack(parts, dim) for parts in zip(*pairs, strict=True)))
+
+
+def pad(
+    box: Box, pad: Any, mode: str = "constant", value: float | None = None, *, sound: bool = False
+) -> Box:
+    """What is added is exact, or a copy."""
+    of_radius = 0.0 if mode == "constant" else None
+    return Box(F.pad(box.center, pad, mode, value), F.pad(box.radius, pad, mode, of_radius))
+
+
+def zero_pad_module(module: Any, box: Box, *, sound: bool = False) -> Box:
+    return pad(box, module.padding)
+
+
 def dropout_module(module: Any, box: Box, *, sound: bool = False) -> Box:
     return dropout(box, module.p, module.training)
 
@@ -378,9 +395,14 @@ MODULES.update(dict.fromkeys((nn.Flatten, nn.Unflatten, nn.Identity), _both_modu
 MODULES.update(
     dict.fromkeys((nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d), dropout_module)
 )
-FUNCTIONS[F.dropout] = dropout
+MODULES.update(dict.fromkeys((nn.ZeroPad1d, nn.ZeroPad2d, nn.ZeroPad3d), zero_pad_module))
+FUNCTIONS.update({F.dropout: dropout, F.pad: pad, torch.stack: stack})
 FUNCTIONS[torch.cat] = FUNCTIONS[torch.concat] = concatenate
-for name in ("flatten", "reshape", "squeeze", "unsqueeze", "permute", "transpose", "movedim"):
+_moves = (
+    *("flatten", "reshape", "squeeze", "unsqueeze", "permute", "transpose", "movedim"),
+    *("chunk", "split"),
+)
+for name in _moves:
     FUNCTIONS[getattr(torch, name)] = _both(getattr(torch, name))
     METHODS[name] = _both(getattr(torch.Tensor, name))
 for name in ("view", "contiguous", "unflatten", "expand", "clone", "detach"):
@@ -391,7 +413,7 @@ FUNCTIONS[operator.getitem] = _both(operator.getitem)
 FUNCTIONS[getattr] = _attribute
 ALIASES |= {MODULES[kind] for kind in (nn.Flatten, nn.Dropout)} | {FUNCTIONS[F.dropout], _attribute}
 ALIASES |= {FUNCTIONS[operator.getitem], *(METHODS[name] for name in ("to", "float", "double"))}
-for name in ("flatten", "reshape", "squeeze", "unsqueeze", "permute", "transpose", "movedim"):
+for name in _moves:
     ALIASES |= {FUNCTIONS[getattr(torch, name)], METHODS[name]}
 ALIASES |= {METHODS[name] for name in ("view", "contiguous", "unflatten", "expand", "detach")}
 

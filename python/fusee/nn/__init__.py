@@ -4,6 +4,7 @@ from fusee.bounds.certify import CertificationReport, certify
 from fusee.bounds.interval_init import interval_init_
 from fusee.bounds.interval_model import IntervalModel
 from fusee.bounds.pgd_attack import pgd_attack
+from fusee.bounds.propagate import IntervalOutput
 from fusee.bounds.robust_cross_entropy import RobustCrossEntropyLoss
 from fusee.losses.linear_stablemax_cross_entropy import LinearStableMaxCrossEntropyLoss
 from fusee.losses.stablemax import LogStableMax, StableMax
