@@ -9,7 +9,7 @@ with Monarch layers; a network whose readings are certified within a radius. Las
 their nearest neighbour, in the distance of pixels and in that of optimal transport. Every number
 printed is computed in the run.
 
-    python examples/demo.py                     three minutes on a free core
+    python examples/demo.py                     two minutes on a free core
 """
 
 from __future__ import annotations
