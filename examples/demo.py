@@ -31,6 +31,7 @@ import monarch
 import neighbours
 import torch
 import torch.nn.functional as F
+from certified_digits import Split
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from tables import aligned, spread
@@ -56,16 +57,6 @@ METHODS = {
         fusee.stablemax_cross_entropy, fusee.stablemax, "#55a868", fusee.nn.compand_model
     ),
 }
-
-
-@dataclass
-class Split:
-    """Images as rows of 64 numbers in [0, 1], and their digits."""
-
-    x: Tensor
-    y: Tensor
-    x_test: Tensor
-    y_test: Tensor
 
 
 @dataclass

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -38,6 +38,12 @@ def needed(ctx: Any, grads: Callable[..., Any], count: int) -> list[Tensor | Non
     wanted = sum(1 << i for i, flag in enumerate(flags) if flag)
     made = grads(wanted) if wanted else flags
     return [value if flag else None for value, flag in zip(made, flags, strict=True)]
+
+
+def filled(grads: Sequence[Tensor | None], outputs: Sequence[Tensor]) -> list[Tensor]:
+    """The gradients of outputs, zeros for those that have none."""
+    pairs = zip(grads, outputs, strict=True)
+    return [torch.zeros_like(output) if grad is None else grad for grad, output in pairs]
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]

@@ -85,3 +85,14 @@ NO_NAN = dict.fromkeys(
     ("nan", "bad_values_in_compiled_code"),
     "a gradient of a product has none of what it is of: see test_interval_linear.py",
 )
+
+
+def random_box(*shape: int) -> tuple[Tensor, Tensor]:
+    return torch.randn(shape), torch.rand(shape) + 0.1
+
+
+def only_row(result: Tensor, row: int, expected: Tensor) -> None:
+    """The row is NaN, and the others are as they were."""
+    bad = torch.zeros_like(result, dtype=torch.bool)
+    bad[row] = True
+    assert torch.equal(result.isnan(), bad) and torch.equal(result[~bad], expected[~bad])

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fusee._checks import accumulate_dtype, check_floating, check_same_device
 from fusee._op import Op, batch_first
-from fusee._products import needed, of_wanted, vmap_by_reference
+from fusee._products import filled, needed, of_wanted, vmap_by_reference
 from fusee.bounds.boxes import (
     Box,
     box_relu,
@@ -170,10 +170,7 @@ def _backward_sharding(
 
 def _backward(ctx: Any, args: Any, saved: Any, *grads: Tensor | None) -> Any:
     center, radius, scale, _, relu, _ = args
-    grad_center, grad_radius = (
-        torch.zeros_like(output) if grad is None else grad
-        for grad, output in zip(grads, saved, strict=True)
-    )
+    grad_center, grad_radius = filled(grads, saved)
     outputs = saved if relu else (None, None)
 
     def gradients(wanted: int) -> Any:

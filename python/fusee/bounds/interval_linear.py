@@ -15,7 +15,7 @@ from fusee._checks import (
     check_same_device,
 )
 from fusee._op import Op, batch_first
-from fusee._products import allows_tf32, as_rows, needed, of_wanted, vmap_by_reference
+from fusee._products import allows_tf32, as_rows, filled, needed, of_wanted, vmap_by_reference
 from fusee.bounds.boxes import (
     Box,
     box_relu,
@@ -187,10 +187,7 @@ def _backward_sharding(
 
 def _backward(ctx: Any, args: Any, saved: Any, *grads: Tensor | None) -> Any:
     center, radius, weight, _, relu, _, tf32 = args
-    grad_center, grad_radius = (
-        torch.zeros_like(output) if grad is None else grad
-        for grad, output in zip(grads, saved, strict=True)
-    )
+    grad_center, grad_radius = filled(grads, saved)
     outputs = saved if relu else (None, None)
 
     def gradients(wanted: int) -> Any:

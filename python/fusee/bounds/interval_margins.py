@@ -235,7 +235,8 @@ def interval_margins(
 
     The differences of a last layer's outputs are bounded as one layer, which is tighter than the
     difference of two bounds ("elision of the last layer"). A box is certified if all but the target's d
-    are below zero. No tensor (rows, classes, in) is made.
+    are below zero. No tensor (rows, classes, in) is made, but for forward mode, second derivatives and
+    vmapped weights.
 
     Args:
         center: μ (..., in), the box before the layer; float32, float64, bfloat16 or float16.
