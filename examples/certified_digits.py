@@ -31,7 +31,7 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from statistics import StatisticsError, mean, stdev
+from statistics import StatisticsError, mean
 from typing import NamedTuple
 
 import fusee
@@ -39,6 +39,7 @@ import torch
 import torch.nn.functional as F
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
+from tables import aligned, spread
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -247,12 +248,6 @@ def of_row(results: list[Result], row: Row, name: str) -> list[float]:
     return [getattr(result, name) for result in results if result.row == row]
 
 
-def spread(values: list[float], digits: int) -> str:
-    """Mean and standard deviation over the seeds."""
-    deviation = f" ± {stdev(values):.{digits}f}" if len(values) > 1 else ""
-    return f"{mean(values):.{digits}f}{deviation}"
-
-
 def table(results: list[Result], rows: Iterable[Row]) -> str:
     lines = [
         ("method", "hidden", "eps", "right %", "attacked %", "certified %", "tightness", "then")
@@ -268,13 +263,7 @@ def table(results: list[Result], rows: Iterable[Row]) -> str:
         # Of numbers this small the mean alone.
         change = f"{mean(found['before']):.2g}", spread(found["after"], 3)
         lines.append((row.method, f"{row.width} x {row.hidden}", f"{row.eps}", *shares, *change))
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    texts = [
-        "  ".join(f"{cell:>{width}}" for cell, width in zip(line, widths, strict=True))
-        for line in lines
-    ]
-    texts.insert(1, "-" * len(texts[0]))
-    return "\n".join(texts)
+    return aligned(lines)
 
 
 # --- claims ---------------------------------------------------------------------------------------

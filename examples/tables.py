@@ -6,9 +6,9 @@ from statistics import mean, stdev
 
 
 def spread(values: list[float], digits: int, scale: float = 1.0) -> str:
-    """Mean and standard deviation over the seeds."""
-    deviation = stdev(values) if len(values) > 1 else 0.0
-    return f"{scale * mean(values):.{digits}f} ± {scale * deviation:.{digits}f}"
+    """Mean over the seeds, and standard deviation where there are several."""
+    deviation = f" ± {scale * stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{scale * mean(values):.{digits}f}{deviation}"
 
 
 def aligned(rows: list[tuple[str, ...]]) -> str:
